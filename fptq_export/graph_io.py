@@ -1,0 +1,99 @@
+"""ONNX graphs whose weights stay on disk: opened by memory map, written tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fptq_export.errors import UserError
+from fptq_export.files import atomic_path
+
+__all__ = ["DATA_SUFFIX", "data_path", "lazy_tensor", "load_graph", "save_graph", "write_weights"]
+
+DATA_SUFFIX = ".data"
+_INLINE_BYTES = 1024
+"""Initializers up to this size stay in the .onnx file, where tools print them."""
+
+OnTensor = Callable[[int, int], None]
+"""Called with (tensors written, tensors in all)."""
+
+
+def data_path(onnx_path: Path) -> Path:
+    """`model.onnx` -> `model.onnx.data`."""
+    return onnx_path.with_name(onnx_path.name + DATA_SUFFIX)
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Open a graph; its external weights stay on disk until read. Raises UserError when it cannot be read."""
+    if not path.is_file():
+        raise UserError(str(path), "no such file", "run the stage that writes it first")
+    try:
+        return ir.load(str(path))
+    except Exception as error:
+        # protobuf raises a DecodeError class that differs between its C and Python implementations.
+        raise UserError(str(path), f"not a readable ONNX file ({error})", "export the model again") from error
+
+
+def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[np.generic]]) -> ir.LazyTensor:
+    """An initializer that is computed when it is written, and not kept.
+
+    Args:
+        name: Name of the initializer.
+        dtype: Element type of the result; `make` returns packed bytes (uint8) for 4-bit types.
+        shape: Logical shape.
+        make: Computes the array.
+    """
+
+    def evaluate() -> ir.TensorProtocol:
+        array = make()
+        if dtype.bitwidth == 4:
+            return ir.PackedTensor(array, dtype, shape=list(shape), name=name)
+        return ir.Tensor(array, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+def write_weights(model: ir.Model, target: Path, on_tensor: OnTensor | None = None) -> None:
+    """Write the large initializers of a graph to one data file and point the graph at it.
+
+    Args:
+        model: Changed in place: large initializers become references to `target`.
+        target: Data file; written under a temporary name and renamed.
+        on_tensor: Progress callback.
+    """
+    values = [
+        value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > _INLINE_BYTES
+    ]
+    done = 0
+
+    def report(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        nonlocal done
+        done += 1
+        if on_tensor is not None:
+            on_tensor(done, info.total)
+
+    with atomic_path(target) as partial:
+        tensors = [value.const_value for value in values if value.const_value is not None]
+        written = ir.external_data.convert_tensors_to_external(tensors, str(partial.parent), partial.name, callback=report)
+    for value, tensor in zip(values, written, strict=True):
+        value.const_value = ir.ExternalTensor(
+            target.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=value.name or "",
+            base_dir=str(target.parent),
+        )
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write the graph itself in one step; external weights stay where they are, beside it."""
+    proto = ir.to_proto(model)
+    with atomic_path(path) as partial:
+        onnx.save(proto, str(partial), format="protobuf")
+
+

@@ -1,0 +1,165 @@
+"""The policy: what every linear of a model runs, and why.
+
+`policy.json` is the half a person reads, edits and replays; `policy.safetensors` beside it holds the arrays. They are
+the only files the PyTorch half (`calib`) and the ONNX half (`fptq_export`) share, with `sites.json`.
+
+Arrays, by name:
+
+| name | dtype, shape | what |
+|---|---|---|
+| `<layer>.weight_codes` | uint8 [out, in/2] | INT4 codes of the equalized weight, two a byte along `in` (`packing`) |
+| `<layer>.weight_scales` | float16 [out, in/group_size] | group scales |
+| `<layer>.input_absmax` | float32 [in] | largest magnitude of each input channel seen in calibration |
+| `<site>.equalization` | float32 [channels] | s of every equalized fold site: x' = x / s |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from fptq_export.errors import UserError
+from fptq_export.files import atomic_path, os_errors_from_safetensors, read_json_model, write_json_model
+
+__all__ = [
+    "GROUP_SIZES",
+    "POLICY_SCHEMA_VERSION",
+    "Activation",
+    "LayerPolicy",
+    "Policy",
+    "PolicyArrays",
+    "arrays_path",
+    "group_size_for",
+    "policy_json_schema",
+    "read_policy",
+    "write_policy",
+]
+
+POLICY_SCHEMA_VERSION = 1
+GROUP_SIZES = (128, 64, 32, 16)
+"""Group sizes that TensorRT fuses into one weight-only GEMM and our kernels support, largest first."""
+
+Activation = Literal["static", "lae_static", "per_token"]
+Precision = Literal["w4a8", "float"]
+WeightMethod = Literal["rtn", "mse"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerPolicy(_Model):
+    """What one linear runs.
+
+    `activation` is the tier of the FPTQ rule: `static` (INT8, one scale for the tensor), `lae_static` (logarithmic
+    equalization folded into the producer, then the same), `per_token` (INT8, one scale for each token, computed at run
+    time). `float` layers keep the precision of the graph and have no activation entry.
+    """
+
+    precision: Precision
+    activation: Activation | None
+    reason: str
+    """Why this layer runs this: the measured range and the rule, the refusal, or the pattern that excluded it."""
+    in_features: PositiveInt
+    out_features: PositiveInt
+    input_absmax: float | None = Field(default=None, ge=0.0)
+    """v, the largest magnitude of the input seen in calibration, before equalization."""
+    activation_scale: PositiveFloat | None = None
+    """INT8 scale of the (equalized) input; null for `per_token`, and null in an edited file means closed form."""
+    group_size: PositiveInt | None = None
+    weight_method: WeightMethod | None = None
+    site: str | None = None
+    """Fold site of the input, from `sites.json`."""
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """4 bits a code plus a 16-bit scale a group; None for `float` layers."""
+        return None if self.group_size is None else 4.0 + 16.0 / self.group_size
+
+
+class Rule(_Model):
+    """The rule that chose the tiers, with its thresholds."""
+
+    name: Literal["paper"] = "paper"
+    v0: float = Field(default=15.0, ge=0.0)
+    """Inputs up to this magnitude are quantized as they are."""
+    v1: float = Field(default=150.0, ge=0.0)
+    """Inputs from this magnitude on are quantized token by token."""
+
+
+class Policy(_Model):
+    """`policy.json`."""
+
+    schema_version: Literal[1] = POLICY_SCHEMA_VERSION
+    model: str
+    """Name of the model the policy was made for."""
+    rule: Rule
+    layers: dict[str, LayerPolicy]
+
+    def quantized(self) -> dict[str, LayerPolicy]:
+        """The layers that run W4A8, by torch path."""
+        return {path: layer for path, layer in self.layers.items() if layer.precision == "w4a8"}
+
+    def equalized_sites(self) -> tuple[str, ...]:
+        """Ids of the fold sites whose producers are divided, in order of first use."""
+        sites = [layer.site for layer in self.layers.values() if layer.activation == "lae_static" and layer.site]
+        return tuple(dict.fromkeys(sites))
+
+
+class PolicyArrays:
+    """`policy.safetensors`, memory-mapped: one array is read at a time."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(str(path), "no such file", "keep it beside policy.json, or calibrate again")
+        self.path = path
+        self._file: Any = safe_open(str(path), framework="np")
+        self._names = frozenset(self._file.keys())
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an array of that name is stored."""
+        return name in self._names
+
+    def read(self, name: str) -> NDArray[Any]:
+        """One array. Raises UserError naming the file and the array when it is missing."""
+        if name not in self._names:
+            raise UserError(str(self.path), f"array {name!r} is missing", "calibrate again")
+        array: NDArray[Any] = self._file.get_tensor(name)
+        return array
+
+
+def arrays_path(policy_path: Path) -> Path:
+    """`policy.json` -> `policy.safetensors` beside it."""
+    return policy_path.with_suffix(".safetensors")
+
+
+def group_size_for(in_features: int, wanted: int) -> int | None:
+    """The wanted group size if it divides the input channels, else the largest supported one below it that does."""
+    for size in (wanted, *(size for size in GROUP_SIZES if size < wanted)):
+        if in_features % size == 0:
+            return size
+    return None
+
+
+def read_policy(path: Path) -> Policy:
+    """Read `policy.json`. Raises UserErrors naming every field that is wrong."""
+    return read_json_model(path, Policy)
+
+
+def write_policy(policy: Policy, arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Write both halves; the readable one last, so that it never stands without its arrays."""
+    with atomic_path(arrays_path(path)) as partial, os_errors_from_safetensors(arrays_path(path)):
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(partial))
+    write_json_model(policy, path)
+
+
+def policy_json_schema() -> dict[str, Any]:
+    """JSON Schema of `policy.json`, for editors and validators."""
+    return Policy.model_json_schema()

@@ -1,0 +1,119 @@
+"""Fold x' = x / s into the producers of x and into the weights that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fptq_export.errors import UserError
+from fptq_export.graph_io import lazy_tensor
+from fptq_export.sites import FoldSite, Linear, Producer, Sites
+
+__all__ = ["FoldEqualization"]
+
+Array = NDArray[np.generic]
+Real = NDArray[np.float32]
+
+
+class FoldEqualization(ir.passes.InPlacePass):
+    """Divide the producers of each equalized site by s and multiply its consumers' input rows by s.
+
+    Rules:
+        1. A producer w becomes w / s along its channel axis; with an offset c (Gemma) it becomes (w + c) / s - c.
+        2. The weight of every linear that reads the site, quantized or not, has its input rows multiplied by s.
+        3. A weight that something else reads too (tied to an embedding) is cloned for the linear, never changed.
+        4. Sites that are not equalized, and every other initializer, are left alone.
+
+    Before: u -> Mul(w) -> MatMul(W). After: u -> Mul(w / s) -> MatMul(diag(s) W). Equal in exact arithmetic.
+
+    Values are computed in float32 when the file is written, one tensor at a time.
+
+    Args:
+        sites: Fold sites of the graph.
+        equalization: Site id -> s, float32 [channels], positive.
+    """
+
+    def __init__(self, sites: Sites, equalization: Mapping[str, Real]) -> None:
+        super().__init__()
+        self._sites = sites
+        self._equalization = equalization
+
+    def requires(self, model: ir.Model) -> None:
+        """Every producer and consumer is in the graph, and s is positive and of the right length."""
+        for site_id, scale in self._equalization.items():
+            site = self._sites.site(site_id)
+            if scale.shape != (site.channels,) or not (np.isfinite(scale).all() and (scale > 0).all()):
+                raise ir.passes.PreconditionError(f"equalization of {site_id!r} must be {site.channels} positive numbers")
+            for producer in site.producers:
+                if producer.initializer not in model.graph.initializers:
+                    raise ir.passes.PreconditionError(f"{site_id!r}: no initializer {producer.initializer!r}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fold every equalized site."""
+        nodes = {node.name: node for node in model.graph}
+        for site_id, scale in self._equalization.items():
+            site = self._sites.site(site_id)
+            for producer in site.producers:
+                _divide(model.graph.initializers[producer.initializer], producer, scale, site)
+            for path in site.consumers:
+                linear = self._sites.linear(path)
+                _multiply_rows(model, nodes[linear.node], linear, scale, site)
+        return ir.passes.PassResult(model, modified=bool(self._equalization))
+
+
+def _divide(value: ir.Value, producer: Producer, scale: Real, site: FoldSite) -> None:
+    def divided(array: Real) -> Real:
+        shape = [1] * array.ndim
+        shape[producer.axis] = -1
+        offset = np.float32(producer.offset)
+        return (array + offset) / scale.reshape(shape) - offset
+
+    _replace(value, divided, site)
+
+
+def _multiply_rows(model: ir.Model, node: ir.Node, linear: Linear, scale: Real, site: FoldSite) -> None:
+    weight = model.graph.initializers[linear.weight]
+    if not linear.weight_transposed and len(weight.uses()) == 1:
+        _replace(weight, lambda array: array * scale[:, None], site)
+        return
+    tensor = weight.const_value
+    if tensor is None:
+        raise RuntimeError(f"initializer {linear.weight!r} has no value")
+    shape = (linear.in_features, linear.out_features)
+
+    def rows_of_clone(array: Real) -> Real:
+        return (array.T if linear.weight_transposed else array) * scale[:, None]
+
+    name = f"{linear.path}.equalized_weight"
+    clone = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype))
+    clone.const_value = lazy_tensor(name, tensor.dtype, shape, _rounded(tensor, rows_of_clone, site))
+    model.graph.register_initializer(clone)
+    node.replace_input_with(1, clone)
+
+
+def _replace(value: ir.Value, change: Callable[[Real], Real], site: FoldSite) -> None:
+    tensor = value.const_value
+    if tensor is None or value.name is None or value.shape is None:
+        raise RuntimeError(f"initializer {value.name!r} has no value")
+    shape = tuple(int(dim) for dim in value.shape)
+    value.const_value = lazy_tensor(value.name, tensor.dtype, shape, _rounded(tensor, change, site))
+
+
+def _rounded(tensor: ir.TensorProtocol, change: Callable[[Real], Real], site: FoldSite) -> Callable[[], Array]:
+    """`change` in float32, rounded once to the tensor's type; refuses a result that the type cannot hold."""
+
+    def compute() -> Array:
+        with np.errstate(over="ignore"):
+            result: Array = change(tensor.numpy().astype(np.float32)).astype(tensor.dtype.numpy())
+        if not np.isfinite(result.astype(np.float32)).all():
+            raise UserError(
+                f"fold site {site.id}",
+                f"folding the equalization into {tensor.name!r} overflows {tensor.dtype.name}",
+                "use --dtype bf16, or set the layers that read it to per_token in policy.json",
+            )
+        return result
+
+    return compute

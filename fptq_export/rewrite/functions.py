@@ -1,0 +1,138 @@
+"""The model-local functions of domain `fptq`: what a W4A8 linear computes, in standard ONNX operators.
+
+They make the file portable: `onnx.checker` accepts it, stock ONNX Runtime runs it, and TensorRT replaces the node by
+the plugin of the same name where that is registered. The arithmetic is the numeric contract of `numerics.py`, with the
+integer sums done in the graph's floating-point type.
+
+The graph's element type T is FLOAT16, BFLOAT16 or FLOAT.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.tape import Tape
+
+from fptq_export.numerics import INT8_MAX, INT8_MIN, PER_TOKEN_EPS
+
+__all__ = [
+    "DOMAIN",
+    "PER_TOKEN_QDQ",
+    "W4A8_PER_TOKEN",
+    "W4A8_STATIC",
+    "dequantized_weight",
+    "per_token_qdq_function",
+    "register_function",
+    "scale_type",
+    "static_qdq",
+    "w4a8_function",
+]
+
+DOMAIN = "fptq"
+_DOMAIN_VERSION = 1
+W4A8_STATIC = "FptqW4A8GemmStatic"
+W4A8_PER_TOKEN = "FptqW4A8GemmPerToken"
+PER_TOKEN_QDQ = "FptqQuantizeDequantizePerToken"
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+"""TensorRT >= 10.15 takes the plugin instead of the function body only if the node names the plugin's namespace."""
+
+_LOWEST = {
+    ir.DataType.FLOAT16: float(np.finfo(np.float16).min),
+    ir.DataType.BFLOAT16: float(ml_dtypes.finfo(ml_dtypes.bfloat16).min),
+    ir.DataType.FLOAT: float(np.finfo(np.float32).min),
+}
+
+
+def register_function(model: ir.Model, function: ir.Function) -> None:
+    """Add a function and the import of its domain to a model; one of that name that is there already stays."""
+    model.functions.setdefault(function.identifier(), function)
+    model.graph.opset_imports[DOMAIN] = _DOMAIN_VERSION
+
+
+def scale_type(dtype: ir.DataType) -> ir.DataType:
+    """Type of the group scales in a graph of type T: FLOAT16, widened to FLOAT where T is, which is exact."""
+    return ir.DataType.FLOAT if dtype == ir.DataType.FLOAT else ir.DataType.FLOAT16
+
+
+def dequantized_weight(
+    tape: Tape, codes: ir.Value, scales: ir.Value, group_size: int | ir.Attr, dtype: ir.DataType
+) -> ir.Value:
+    """INT4 codes [in, out] and group scales [in/group_size, out] -> weight [in, out] of type T."""
+    return _to(tape, tape.op("DequantizeLinear", [codes, scales], {"axis": 0, "block_size": group_size}), scale_type(dtype), dtype)
+
+
+def static_qdq(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Quantize and dequantize per tensor; x of type T -> T.
+
+    The division runs in float32 whatever T is: QuantizeLinear computes in the type of its inputs, and the contract asks
+    for float32. The result is rounded to T once.
+    """
+    codes = tape.op("QuantizeLinear", [_to(tape, x, dtype, ir.DataType.FLOAT), scale, zero_point])
+    return _to(tape, tape.op("DequantizeLinear", [codes, scale, zero_point]), ir.DataType.FLOAT, dtype)
+
+
+def _per_token_qdq(tape: Tape, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Quantize and dequantize with one scale a token, in float32; x [..., in] of type T -> T."""
+    wide = _to(tape, x, dtype, ir.DataType.FLOAT)
+    last_axis = _constant(tape, np.array([-1], np.int64))
+    absmax = tape.op("ReduceMax", [tape.op("Abs", [wide]), last_axis], {"keepdims": 1})
+    guarded = tape.op("Max", [absmax, _constant(tape, PER_TOKEN_EPS)])
+    scale = tape.op("Div", [guarded, _constant(tape, np.float32(INT8_MAX))])
+    bounds = [_constant(tape, np.float32(bound)) for bound in (INT8_MIN, INT8_MAX)]
+    codes = tape.op("Clip", [tape.op("Round", [tape.op("Div", [wide, scale])]), *bounds])
+    return _to(tape, tape.op("Mul", [codes, scale]), ir.DataType.FLOAT, dtype)
+
+
+def per_token_qdq_function(dtype: ir.DataType) -> ir.Function:
+    """`FptqQuantizeDequantizePerToken(x) -> y`, x and y of type T; used by the Q/DQ form."""
+    x = ir.Value(name="x")
+    tape = Tape()
+    return _function(PER_TOKEN_QDQ, [x], _per_token_qdq(tape, x, dtype), tape, {})
+
+
+def w4a8_function(op_type: str, dtype: ir.DataType) -> ir.Function:
+    """The W4A8 linear without its bias.
+
+    `FptqW4A8GemmStatic(x, weight_codes, weight_scales, x_scale) -> y`
+    `FptqW4A8GemmPerToken(x, weight_codes, weight_scales) -> y`
+
+    Args:
+        op_type: `W4A8_STATIC` or `W4A8_PER_TOKEN`.
+        dtype: T, the type of x [..., in] and y [..., out]; codes are INT4 [in, out], scales [in/group_size, out].
+
+    The body starts with DequantizeLinear because TensorRT lets a 4-bit constant feed nothing else. `Max(x, lowest)`
+    changes no value: it keeps TensorRT from fusing the INT8 activation and the block-quantized weight into one INT8
+    GEMM over all input channels, which applies the group scales after the sum and is wrong (see `lint_precision`).
+    """
+    names = ["x", "weight_codes", "weight_scales", *(["x_scale"] if op_type == W4A8_STATIC else [])]
+    inputs = [ir.Value(name=name) for name in names]
+    x, codes, scales = inputs[:3]
+    tape = Tape()
+    group_size = ir.RefAttr("block_size", "group_size", ir.AttributeType.INT)
+    weight = dequantized_weight(tape, codes, scales, group_size, dtype)
+    if op_type == W4A8_STATIC:
+        dequantized = static_qdq(tape, x, inputs[3], _constant(tape, np.int8(0)), dtype)
+    else:
+        dequantized = _per_token_qdq(tape, x, dtype)
+    lowest = _constant(tape, np.array(_LOWEST[dtype], dtype.numpy()))
+    y = tape.op("MatMul", [tape.op("Max", [dequantized, lowest]), weight])
+    attributes = {name: ir.AttrString(name, value) for name, value in PLUGIN_ATTRIBUTES.items()}
+    return _function(op_type, inputs, y, tape, {**attributes, "group_size": ir.AttrInt64("group_size", 128)})
+
+
+def _constant(tape: Tape, array: NDArray[np.generic] | np.generic) -> ir.Value:
+    return tape.op("Constant", [], {"value": ir.tensor(np.asarray(array))})
+
+
+def _to(tape: Tape, value: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
+    return value if source == target else tape.op("Cast", [value], {"to": int(target)})
+
+
+def _function(
+    name: str, inputs: list[ir.Value], output: ir.Value, tape: Tape, attributes: dict[str, ir.Attr]
+) -> ir.Function:
+    output.name = "y"
+    graph = ir.Graph(inputs, [output], nodes=tape.nodes, opset_imports={"": 21}, name=name)
+    return ir.Function(DOMAIN, name, graph=graph, attributes=attributes)

@@ -1,0 +1,173 @@
+"""Turn the policy into standard Q/DQ operators: the form any ONNX tool reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.tape import Tape
+
+from fptq_export.graph_io import lazy_tensor
+from fptq_export.packing import int4_from_packed, packed_from_int4
+from fptq_export.policy import LayerPolicy, Policy, PolicyArrays
+from fptq_export.rewrite.functions import (
+    DOMAIN,
+    PER_TOKEN_QDQ,
+    dequantized_weight,
+    per_token_qdq_function,
+    register_function,
+    scale_type,
+    static_qdq,
+)
+from fptq_export.rewrite.names import UniqueNames
+from fptq_export.sites import Linear, Sites
+
+__all__ = ["InsertQdq"]
+
+_ZERO_POINT = "fptq.zero_point"
+
+
+class InsertQdq(ir.passes.InPlacePass):
+    """Give every quantized linear an INT4 weight behind a block DequantizeLinear and an INT8 activation.
+
+    Rules:
+        1. The weight becomes `DequantizeLinear(codes INT4 [in, out], scales [in/g, out], axis=0, block_size=g)`.
+        2. A static activation goes through QuantizeLinear and DequantizeLinear with its constant float32 scale.
+        3. A per-token activation goes through the function `FptqQuantizeDequantizePerToken`.
+        4. Linears that read the same tensor with the same scale share one pair; a tied weight keeps its other readers.
+        5. `float` layers, and every other node, are left alone.
+
+    Args:
+        sites: Linears of the graph.
+        policy: What each of them runs.
+        arrays: Codes and scales.
+    """
+
+    def __init__(self, sites: Sites, policy: Policy, arrays: PolicyArrays) -> None:
+        super().__init__()
+        self._sites = sites
+        self._policy = policy
+        self._arrays = arrays
+
+    def requires(self, model: ir.Model) -> None:
+        """Every quantized linear's node is in the graph."""
+        names = {node.name for node in model.graph}
+        for path in self._policy.quantized():
+            if self._sites.linear(path).node not in names:
+                raise ir.passes.PreconditionError(f"the graph has no node for {path!r}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Quantize every linear of the policy."""
+        nodes = {node.name: node for node in model.graph}
+        names = UniqueNames(model)
+        activations: dict[tuple[str, float | None], ir.Value] = {}
+        quantized = self._policy.quantized()
+        for path, layer in quantized.items():
+            linear = self._sites.linear(path)
+            node = nodes[linear.node]
+            self._quantize_weight(model, node, linear, layer, names)
+            key = (linear.input, layer.activation_scale)
+            if key not in activations:
+                activations[key] = _quantized_activation(model, node, layer, path, names)
+            node.replace_input_with(0, activations[key])
+        return ir.passes.PassResult(model, modified=bool(quantized))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every quantized linear multiplies by INT4 codes."""
+        for path in self._policy.quantized():
+            if f"{path}.weight_codes" not in model.graph.initializers:
+                raise ir.passes.PostconditionError(f"{path!r} has no INT4 weight")
+
+    def _quantize_weight(
+        self, model: ir.Model, node: ir.Node, linear: Linear, layer: LayerPolicy, names: UniqueNames
+    ) -> None:
+        if layer.group_size is None:
+            raise RuntimeError(f"{linear.path} is quantized without a group size")
+        dtype = _element_type(model.graph.initializers[linear.weight])
+        codes = self._codes(model, linear)
+        scales = self._scales(model, linear, layer.group_size, scale_type(dtype))
+        tape = Tape()
+        weight = dequantized_weight(tape, codes, scales, layer.group_size, dtype)
+        names.name_nodes(tape.nodes, linear.path)
+        model.graph.insert_before(node, tape.nodes)
+        node.replace_input_with(1, weight)
+        _remove_if_unused(model, linear)
+
+    def _codes(self, model: ir.Model, linear: Linear) -> ir.Value:
+        name = f"{linear.path}.weight_codes"
+
+        def packed() -> NDArray[np.generic]:
+            codes = int4_from_packed(self._arrays.read(name))
+            return packed_from_int4(np.ascontiguousarray(codes.T))
+
+        return _initializer(model, name, ir.DataType.INT4, (linear.in_features, linear.out_features), packed)
+
+    def _scales(self, model: ir.Model, linear: Linear, group_size: int, dtype: ir.DataType) -> ir.Value:
+        name = f"{linear.path}.weight_scales"
+
+        def transposed() -> NDArray[np.generic]:
+            return np.ascontiguousarray(self._arrays.read(name).T.astype(dtype.numpy()))
+
+        return _initializer(model, name, dtype, (linear.in_features // group_size, linear.out_features), transposed)
+
+
+def _quantized_activation(
+    model: ir.Model, node: ir.Node, layer: LayerPolicy, path: str, names: UniqueNames
+) -> ir.Value:
+    """Quantize what `node` reads, right before it; every other reader keeps the original."""
+    x = node.inputs[0]
+    if x is None:
+        raise RuntimeError(f"node {node.name!r} has no input")
+    dtype = _element_type(x)
+    tape = Tape()
+    if layer.activation_scale is None:
+        register_function(model, per_token_qdq_function(dtype))
+        y = tape.op(PER_TOKEN_QDQ, [x], domain=DOMAIN)
+    else:
+        scale = np.array(layer.activation_scale, np.float32)
+        scale_value = _constant_initializer(model, f"{path}.activation_scale", scale)
+        y = static_qdq(tape, x, scale_value, _constant_initializer(model, _ZERO_POINT, np.array(0, np.int8)), dtype)
+    y.dtype, y.shape = dtype, x.shape
+    names.name_nodes(tape.nodes, path)
+    model.graph.insert_before(node, tape.nodes)
+    return y
+
+
+def _element_type(value: ir.Value) -> ir.DataType:
+    if value.dtype is None:
+        raise RuntimeError(f"value {value.name!r} has no type")
+    return value.dtype
+
+
+def _initializer(
+    model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[np.generic]]
+) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    value.const_value = lazy_tensor(name, dtype, shape, make)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _constant_initializer(model: ir.Model, name: str, array: NDArray[np.generic]) -> ir.Value:
+    existing = model.graph.initializers.get(name)
+    if existing is not None:
+        return existing
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _remove_if_unused(model: ir.Model, linear: Linear) -> None:
+    """Drop the float weight (and the Transpose before it) once nothing reads it."""
+    weight = model.graph.initializers[linear.weight]
+    for use in list(weight.uses()):
+        if use.node.op_type == "Transpose" and not use.node.outputs[0].uses():
+            model.graph.remove(use.node, safe=True)
+    if not weight.uses() and not weight.is_graph_output():
+        del model.graph.initializers[linear.weight]
+    cloned = model.graph.initializers.get(f"{linear.path}.equalized_weight")
+    if cloned is not None and not cloned.uses():
+        del model.graph.initializers[cloned.name or ""]

@@ -1,0 +1,87 @@
+"""The ordered list of rewrites, and why this order.
+
+1. `FoldEqualization` first: it changes float weights, which exist only before quantization.
+2. `InsertQdq`: the standard form, `model.qdq.onnx`.
+3. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
+4. `LowerToNative` and `LintPrecision`: per target, at build time, on a copy that is never written beside the others.
+
+`CheckInvariants` runs after 2 and 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from fptq_export.files import atomic_path
+from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
+from fptq_export.policy import Policy, PolicyArrays
+from fptq_export.progress import Progress
+from fptq_export.rewrite.check_invariants import CheckInvariants, interface_from_graph
+from fptq_export.rewrite.fold_equalization import FoldEqualization
+from fptq_export.rewrite.fuse_w4a8_linears import FuseW4A8Linears
+from fptq_export.rewrite.insert_qdq import InsertQdq
+from fptq_export.rewrite.lint_precision import LintPrecision
+from fptq_export.rewrite.lower_to_native import LowerToNative
+from fptq_export.sites import Sites
+
+__all__ = ["RewritePaths", "lower_for_tensorrt", "rewrite"]
+
+
+@dataclass(frozen=True)
+class RewritePaths:
+    """Files of the rewrite stage; both graphs read the data file beside `w4a8`."""
+
+    model: Path
+    qdq: Path
+    w4a8: Path
+
+
+def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArrays, progress: Progress) -> None:
+    """Write the Q/DQ form and the fused form of a graph.
+
+    Args:
+        paths: Where the traced graph is and where the two forms go.
+        sites: Linears and fold sites of the traced graph.
+        policy: What each linear runs.
+        arrays: Codes, scales and equalizations.
+        progress: Where to report.
+
+    Raises:
+        UserError: A fold overflows the graph's type.
+        PrecisionError: A rewrite broke an invariant.
+    """
+    model = load_graph(paths.model)
+    check = CheckInvariants(interface_from_graph(model), sites, policy)
+    equalization = {site: arrays.read(f"{site}.equalization") for site in policy.equalized_sites()}
+    FoldEqualization(sites, equalization)(model)
+    InsertQdq(sites, policy, arrays)(model)
+    check(model)
+    with progress.task("Writing the quantized weights", total=None, unit="tensors") as task:
+        write_weights(model, data_path(paths.w4a8), lambda done, total: task.update(done, total))
+    save_graph(model, paths.qdq)
+    FuseW4A8Linears()(model)
+    check(model)
+    save_graph(model, paths.w4a8)
+    for path in (paths.qdq, paths.w4a8):
+        onnx.checker.check_model(str(path))
+
+
+def lower_for_tensorrt(w4a8: Path, lowered: Path) -> None:
+    """Write the graph a TensorRT without our plugin can build; its weights stay in the data file of `w4a8`.
+
+    Args:
+        w4a8: `model.w4a8.onnx`.
+        lowered: Where the lowered graph goes. External data locations stay relative to the directory of `w4a8`.
+
+    Raises:
+        PrecisionError: The graph would run another precision than it says.
+    """
+    model = load_graph(w4a8)
+    LowerToNative()(model)
+    LintPrecision()(model)
+    with atomic_path(lowered) as partial:
+        onnx.save(ir.to_proto(model), str(partial), format="protobuf")

@@ -1,0 +1,65 @@
+"""Trace: a Hugging Face model -> `model.onnx` and `sites.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fptq_export.graph_io import data_path, save_graph, write_weights
+from fptq_export.progress import Progress
+from fptq_export.sites import Sites, write_sites
+from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
+from fptq_export.trace.find_sites import sites_from_graph
+from fptq_export.trace.weights import attach_weights, transpose_linear_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["trace"]
+
+
+def trace(
+    config: PretrainedConfig,
+    weight_files: Mapping[str, Path],
+    dtype: str,
+    model_path: Path,
+    sites_path: Path,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
+) -> Sites:
+    """Write the ONNX graph of a causal language model and the map of its linears.
+
+    Args:
+        config: Config of the model.
+        weight_files: Tensor name -> safetensors file that holds it.
+        dtype: `fp16`, `bf16` or `fp32`.
+        model_path: Where `model.onnx` goes; its weights go to `model.onnx.data` beside it.
+        sites_path: Where `sites.json` goes.
+        progress: Where to report.
+        trust_remote_code: Whether code from the model repository may run.
+
+    Returns:
+        What was written to `sites_path`.
+
+    Raises:
+        UserError: The architecture cannot be traced, has no linear, or needs a tensor the checkpoint lacks.
+    """
+    # Imports torch, which the other stages do not need.
+    from fptq_export.trace.from_hf import traced_from_config
+
+    with progress.task("Tracing the model", total=None):
+        traced = traced_from_config(config, dtype, trust_remote_code=trust_remote_code)
+    graph = traced.graph
+    with progress.task("Cleaning the graph", total=None):
+        attach_weights(graph, weight_files, traced.buffers, traced.tied)
+        transpose_linear_weights(graph)
+        clean_up(graph)
+        sites = sites_from_graph(graph, traced.linears)
+        strip_trace_metadata(graph)
+    with progress.task("Writing the weights", total=None, unit="tensors") as task:
+        write_weights(graph, data_path(model_path), lambda done, total: task.update(done, total))
+    save_graph(graph, model_path)
+    write_sites(sites, sites_path)
+    return sites

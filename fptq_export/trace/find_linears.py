@@ -1,0 +1,130 @@
+"""Which MatMul of a traced graph is which linear of the model.
+
+torch's exporter writes the module path of every node into its `pkg.torch.onnx.name_scopes` metadata; that is the
+mapping, for any architecture.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+__all__ = ["LinearNode", "find_linears", "name_linear_nodes"]
+
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+_WRAPPER_PREFIX = "wrapped."
+
+
+@dataclass(frozen=True)
+class LinearNode:
+    """A linear and its nodes.
+
+    Attributes:
+        path: Torch module path.
+        matmul: The MatMul; its first input is the activation.
+        weight: The constant weight, [in, out] ([out, in] when `transpose` is set).
+        transpose: The Transpose between a weight that something else reads too and the MatMul.
+        bias: Constant bias [out] and the Add that adds it.
+        bias_add: See `bias`.
+        in_features: Input channels.
+        out_features: Output channels.
+    """
+
+    path: str
+    matmul: ir.Node
+    weight: ir.Value
+    transpose: ir.Node | None
+    bias: ir.Value | None
+    bias_add: ir.Node | None
+    in_features: int
+    out_features: int
+
+    @property
+    def input(self) -> ir.Value:
+        """The value the linear reads."""
+        value = self.matmul.inputs[0]
+        if value is None:
+            raise RuntimeError(f"MatMul of {self.path} has no input")
+        return value
+
+    @property
+    def output(self) -> ir.Value:
+        """The value the linear gives, bias included."""
+        return (self.bias_add or self.matmul).outputs[0]
+
+
+def find_linears(
+    model: ir.Model, modules: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, LinearNode], dict[str, str]]:
+    """Match the MatMuls of a graph with the linears of the model.
+
+    Args:
+        model: Traced graph, with the exporter's metadata.
+        modules: Torch path -> (in_features, out_features) of every linear.
+
+    Returns:
+        The linears found, and for every other one the reason why it was not.
+    """
+    nodes: dict[str, list[ir.Node]] = {path: [] for path in modules}
+    for node in model.graph:
+        path = _module_path(node)
+        if node.op_type in ("MatMul", "Gemm") and path in nodes:
+            nodes[path].append(node)
+    found: dict[str, LinearNode] = {}
+    reasons: dict[str, str] = {}
+    for path, (in_features, out_features) in modules.items():
+        match nodes[path]:
+            case []:
+                reasons[path] = "the traced graph has no MatMul of this linear"
+            case [node] if node.op_type == "MatMul":
+                linear = _linear_node(path, node, in_features, out_features)
+                if isinstance(linear, str):
+                    reasons[path] = linear
+                else:
+                    found[path] = linear
+            case [_]:
+                reasons[path] = "the traced graph computes it with Gemm on a two-dimensional input"
+            case several:
+                reasons[path] = f"the model calls it {len(several)} times in one pass"
+    return found, reasons
+
+
+def _module_path(node: ir.Node) -> str:
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "[]"))
+    return str(scopes[-2]).removeprefix(_WRAPPER_PREFIX) if len(scopes) >= 2 else ""
+
+
+def _linear_node(path: str, matmul: ir.Node, in_features: int, out_features: int) -> LinearNode | str:
+    weight = matmul.inputs[1]
+    transpose = weight.producer() if weight is not None else None
+    if transpose is not None and transpose.op_type == "Transpose":
+        weight = transpose.inputs[0]
+    if weight is None or not weight.is_initializer() or weight.shape is None:
+        return "its weight is not a constant of the graph"
+    expected = [out_features, in_features] if transpose is not None else [in_features, out_features]
+    if list(weight.shape) != expected:
+        return f"its weight has shape {list(weight.shape)} in the graph, not {expected}"
+    bias, bias_add = _bias(matmul, out_features)
+    return LinearNode(path, matmul, weight, transpose, bias, bias_add, in_features, out_features)
+
+
+def _bias(matmul: ir.Node, out_features: int) -> tuple[ir.Value | None, ir.Node | None]:
+    uses = matmul.outputs[0].uses()
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or _module_path(uses[0].node) != _module_path(matmul):
+        return None, None
+    add = uses[0].node
+    for value in add.inputs:
+        if value is not None and value.is_initializer() and value.shape is not None and list(value.shape) == [out_features]:
+            return value, add
+    return None, None
+
+
+def name_linear_nodes(linears: Mapping[str, LinearNode]) -> None:
+    """Name the nodes of every linear after its torch path: `model.layers.0.mlp.up_proj/MatMul`."""
+    for path, linear in linears.items():
+        for node in (linear.matmul, linear.bias_add, linear.transpose):
+            if node is not None:
+                node.name = f"{path}/{node.op_type}"

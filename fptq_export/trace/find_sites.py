@@ -1,0 +1,60 @@
+"""`sites.json` of a traced graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from fptq_export.errors import UserError
+from fptq_export.sites import FoldSite, Linear, Sites, UnmatchedLinear
+from fptq_export.trace.find_fold_sites import fold_site_or_reason
+from fptq_export.trace.find_linears import LinearNode, find_linears, name_linear_nodes
+
+__all__ = ["sites_from_graph"]
+
+
+def sites_from_graph(model: ir.Model, modules: Mapping[str, tuple[int, int]]) -> Sites:
+    """Find every linear of a traced graph, what it shares its input with, and where that can be equalized.
+
+    Args:
+        model: Traced and cleaned graph, with the exporter's metadata. The nodes of each linear are renamed after its
+            torch path.
+        modules: Torch path -> (in_features, out_features) of every linear of the model.
+
+    Raises:
+        UserError: The graph has no linear at all.
+    """
+    linears, unmatched = find_linears(model, modules)
+    if not linears:
+        raise UserError("model", "has no linear layer that could be quantized", "export a transformer")
+    name_linear_nodes(linears)
+    readers: dict[int, list[LinearNode]] = {}
+    for linear in linears.values():
+        readers.setdefault(id(linear.input), []).append(linear)
+    outcome = {key: fold_site_or_reason(group[0].input, group, linears) for key, group in readers.items()}
+    return Sites(
+        linears=tuple(_linear_entry(linear, outcome[id(linear.input)]) for linear in linears.values()),
+        fold_sites=tuple(found for found in outcome.values() if isinstance(found, FoldSite)),
+        unmatched=tuple(
+            UnmatchedLinear(path=path, in_features=modules[path][0], out_features=modules[path][1], reason=reason)
+            for path, reason in unmatched.items()
+        ),
+    )
+
+
+def _linear_entry(linear: LinearNode, outcome: FoldSite | str) -> Linear:
+    if linear.matmul.name is None or linear.weight.name is None or linear.input.name is None:
+        raise RuntimeError(f"a node or value of {linear.path} has no name")
+    return Linear(
+        path=linear.path,
+        node=linear.matmul.name,
+        weight=linear.weight.name,
+        weight_transposed=linear.transpose is not None,
+        bias=linear.bias.name if linear.bias is not None else None,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        input=linear.input.name,
+        site=outcome.id if isinstance(outcome, FoldSite) else None,
+        no_site_reason=None if isinstance(outcome, FoldSite) else outcome,
+    )

