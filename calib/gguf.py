@@ -8,15 +8,23 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from calib.quiet import quiet_transformers
 from calib.tensor_files import WEIGHTS_FILE
 from fptq_export.errors import UserError
-from fptq_export.files import os_errors_from_safetensors, read_json_model, sha256_from_file, write_json_model
+from fptq_export.files import (
+    PARTIAL_SUFFIX,
+    os_errors_from_safetensors,
+    read_json_model,
+    sha256_from_file,
+    write_json_model,
+)
 from fptq_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -60,7 +68,7 @@ def directory_from_gguf(gguf: Path, directory: Path, *, progress: Progress) -> P
     marker = directory / FINGERPRINT_FILE
     if marker.is_file() and read_json_model(marker, _Fingerprint) == fingerprint:
         return directory
-    partial = directory.with_name(f".{directory.name}.building")
+    partial = directory.with_name(f".{directory.name}{PARTIAL_SUFFIX}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -112,7 +120,7 @@ def _write_config(model: PreTrainedModel, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _untied_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _untied_tensors(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
     """The state dict without the second names of shared tensors (a head tied to the embedding)."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items() if name not in tied}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,8 +66,11 @@ def _default_mode() -> int:
 
 def remove_partial_files(directory: Path) -> None:
     """Remove what a killed run left under temporary names in `directory`."""
-    for leftover in directory.glob(f".*{PARTIAL_SUFFIX}"):
-        leftover.unlink()
+    for leftover in directory.glob(f".*{PARTIAL_SUFFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def write_text(text: str, path: Path) -> None:

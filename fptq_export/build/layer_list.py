@@ -35,9 +35,12 @@ _LAYER = re.compile(
     r", Outputs: \[(?P<outputs>|.*?\})\]"
     r"(?P<rest>, .*)"
 )
-_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[^\]]*)\].*?Datatype: (?P<type>\w+)")
+_TENSOR = re.compile(
+    r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[^\]]*)\][^{}]*?Datatype: (?P<type>\w+)"
+)
 _TACTIC = re.compile(r"Tactic(?:Name|Value): ([^,]+),")
-_ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|\x1e|\s*$)")
+_ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|\s*$)")
+_MATMUL = re.compile(r"MatMul(_\d+)?")
 _DEQUANTIZE = re.compile(r"DequantizeLinear(_\d+)?")
 _BARRIER = re.compile(r"Max(_\d+)?")
 
@@ -113,9 +116,7 @@ def layers_from_log(log_path: Path) -> tuple[EngineLayer, ...]:
     return tuple(layers)
 
 
-def check_layers(
-    layers: Sequence[EngineLayer], quantized: Mapping[str, int], profiles: int = 1
-) -> PrecisionReport:
+def check_layers(layers: Sequence[EngineLayer], quantized: Mapping[str, int], profiles: int = 1) -> PrecisionReport:
     """Check that every quantized linear runs from an INT4 constant, and that none is unpacked to INT8.
 
     Args:
@@ -153,7 +154,9 @@ def check_layers(
         quantized_linears=len(quantized),
         int4_constants=sum(constant.datatype == _INT4 for layer in layers for constant in layer.constants),
         int4_codes=sum(quantized.values()),
-        unfused=tuple(path for path, found in holders.items() if not all(_names_matmul(layer, path) for layer in found)),
+        unfused=tuple(
+            path for path, found in holders.items() if not all(_names_matmul(layer, path) for layer in found)
+        ),
         layers_by_type=dict(sorted(Counter(layer.type for layer in layers).items())),
         profiles=profiles,
     )
@@ -185,7 +188,7 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
 
 def _owners(layer: EngineLayer, quantized: Mapping[str, int]) -> list[str]:
     """Linears whose codes a layer holds: those whose MatMul it runs; where it runs none, those it dequantizes."""
-    by_matmul = _paths(layer.onnx_nodes, re.compile("MatMul"))
+    by_matmul = _paths(layer.onnx_nodes, _MATMUL)
     paths = by_matmul if any(path in quantized for path in by_matmul) else _paths(layer.onnx_nodes, _DEQUANTIZE)
     return [path for path in dict.fromkeys(paths) if path in quantized]
 
@@ -197,7 +200,7 @@ def _paths(nodes: Iterable[str], operator: re.Pattern[str]) -> list[str]:
 
 
 def _names_matmul(layer: EngineLayer, path: str) -> bool:
-    return f"{path}/MatMul" in layer.onnx_nodes
+    return path in _paths(layer.onnx_nodes, _MATMUL)
 
 
 def _unpacking_problems(layer: EngineLayer, owners: Sequence[str], layers: Sequence[EngineLayer]) -> list[str]:
@@ -208,9 +211,11 @@ def _unpacking_problems(layer: EngineLayer, owners: Sequence[str], layers: Seque
         readers = [other.name for other in layers if written & {tensor.name for tensor in other.inputs}]
         chain = f"layer {layer.name} unpacks its INT4 codes to INT8 for {', '.join(readers) or 'another layer'}"
         return [f"{whose}: {chain}, which sums over all groups before their scales are applied"]
-    barriers = _paths(layer.onnx_nodes, _BARRIER)
-    if any(tensor.datatype == _INT8 for tensor in layer.inputs) and not set(owners) <= set(barriers):
-        return [f"{whose}: layer {layer.name} multiplies INT4 codes by INT8 activations without the barrier between them"]
+    # Linears that share their input share its barrier, under the name of one of them.
+    if any(tensor.datatype == _INT8 for tensor in layer.inputs) and not _paths(layer.onnx_nodes, _BARRIER):
+        return [
+            f"{whose}: layer {layer.name} multiplies INT4 codes by INT8 activations without the barrier between them"
+        ]
     return []
 
 

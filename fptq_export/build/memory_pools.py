@@ -26,7 +26,7 @@ _SPELLINGS = {name.lower(): name for name in MEMORY_POOLS} | {"tacticsharedmemor
 
 
 def mem_pools_from_option(text: str) -> dict[str, int]:
-    """`workspace:8G,tacticSharedMem:48K` -> bytes by pool.
+    """`workspace:8G,tacticSharedMem:48K` -> bytes by pool; no text, no limits.
 
     Sizes may have a fraction; K, M and G are powers of 1024; a bare number is MiB.
 
@@ -35,7 +35,7 @@ def mem_pools_from_option(text: str) -> dict[str, int]:
     """
     pools: dict[str, int] = {}
     problems = []
-    for entry in text.split(","):
+    for entry in text.split(",") if text.strip() else ():
         spelling, _, size = entry.partition(":")
         name = _SPELLINGS.get(spelling.strip().lower().replace("_", ""))
         limit = _bytes_from_text(size.strip())

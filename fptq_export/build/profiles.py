@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx_ir as ir
+
 from fptq_export.errors import Problem, UserErrors
 from fptq_export.graph_io import load_graph
 
@@ -31,6 +33,7 @@ __all__ = [
     "Profile",
     "ShapeRange",
     "check_profiles",
+    "inputs_from_graph",
     "inputs_from_onnx",
     "profile_for_inputs",
     "shapes_from_option",
@@ -144,24 +147,31 @@ def shapes_from_option(option: str, text: str) -> dict[str, Shape]:
 
 
 def inputs_from_onnx(path: Path) -> tuple[GraphInput, ...]:
+    """Inputs of a graph file. Raises UserError when it cannot be read, and as `inputs_from_graph`."""
+    return inputs_from_graph(load_graph(path).graph, str(path))
+
+
+def inputs_from_graph(graph: ir.Graph, where: str) -> tuple[GraphInput, ...]:
     """Inputs of a graph; a dynamic dimension without a name gets one of its own.
 
+    Args:
+        graph: The graph.
+        where: Its file, for the error message.
+
     Raises:
-        UserError: The file cannot be read.
         UserErrors: Inputs whose rank is not known.
     """
     inputs, problems = [], []
-    for value in load_graph(path).graph.inputs:
+    for value in graph.inputs:
         name = value.name or ""
         if value.shape is None:
             problems.append(Problem(name, "the input has no shape"))
             continue
-        dims = [
-            dim if isinstance(dim, int) else (dim.value or f"{name}[{axis}]") for axis, dim in enumerate(value.shape.dims)
-        ]
+        sizes = [dim if isinstance(dim, int) else dim.value for dim in value.shape.dims]
+        dims = [f"{name}[{axis}]" if size is None else size for axis, size in enumerate(sizes)]
         inputs.append(GraphInput(name, tuple(dims)))
     if problems:
-        raise UserErrors(str(path), problems, "export the model with the rank of every input known")
+        raise UserErrors(where, problems, "export the model with the rank of every input known")
     return tuple(inputs)
 
 
@@ -281,9 +291,7 @@ def _text(sizes: Range) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else "{}/{}/{}".format(*sizes)
 
 
-def _ranges_by_symbol(
-    inputs: Sequence[GraphInput], limits: LlmLimits, given: Sequence[ShapeRange]
-) -> dict[str, Range]:
+def _ranges_by_symbol(inputs: Sequence[GraphInput], limits: LlmLimits, given: Sequence[ShapeRange]) -> dict[str, Range]:
     """Range of every symbol whose meaning is known; what the user gave wins, and `total` stays past + sequence."""
     roles = _roles(inputs)
     ranges: dict[str, Range] = {
@@ -304,7 +312,7 @@ def _ranges_by_symbol(
 
 def _roles(inputs: Sequence[GraphInput]) -> dict[str, str]:
     """Symbol -> `batch`, `sequence`, `past` or `total`: from the inputs of the export contract, else from the name."""
-    roles = {}
+    roles: dict[str, str] = {}
     for item in inputs:
         for dim in item.dims:
             plain = re.sub(r"\s", "", str(dim)).lower()

@@ -19,7 +19,7 @@ class Target(str, Enum):
     TENSORRT = "tensorrt"
     """TensorRT 10.16 or 11: builds on the NVIDIA GPU machine it runs on."""
     TENSORRT_RTX = "tensorrt-rtx"
-    """TensorRT for RTX: builds on any x86-64 machine, runs on RTX and data-centre GPUs from Ampere to Ada, and RTX 50."""
+    """TensorRT for RTX: builds on any x86-64 machine; runs on GPUs of compute capability 8.x and 12.x."""
     ONNX = "onnx"
     """No engine."""
 

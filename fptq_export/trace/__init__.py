@@ -11,7 +11,7 @@ from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
 from fptq_export.trace.find_sites import sites_from_graph
-from fptq_export.trace.weights import attach_weights, transpose_linear_weights
+from fptq_export.trace.weights import StoredTensor, attach_weights, transpose_linear_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,7 +21,7 @@ __all__ = ["trace"]
 
 def trace(
     config: PretrainedConfig,
-    weight_files: Mapping[str, Path],
+    weights: Mapping[str, StoredTensor],
     dtype: str,
     model_path: Path,
     sites_path: Path,
@@ -33,7 +33,7 @@ def trace(
 
     Args:
         config: Config of the model.
-        weight_files: Tensor name -> safetensors file that holds it.
+        weights: Tensor name -> safetensors file and the tensor's name in it.
         dtype: `fp16`, `bf16` or `fp32`.
         model_path: Where `model.onnx` goes; its weights go to `model.onnx.data` beside it.
         sites_path: Where `sites.json` goes.
@@ -53,7 +53,7 @@ def trace(
         traced = traced_from_config(config, dtype, trust_remote_code=trust_remote_code)
     graph = traced.graph
     with progress.task("Cleaning the graph", total=None):
-        attach_weights(graph, weight_files, traced.buffers, traced.tied)
+        attach_weights(graph, weights, traced.buffers, traced.tied)
         transpose_linear_weights(graph)
         clean_up(graph)
         sites = sites_from_graph(graph, traced.linears)

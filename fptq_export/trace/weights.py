@@ -14,7 +14,10 @@ from safetensors import safe_open
 from fptq_export.errors import UserError
 from fptq_export.graph_io import lazy_tensor
 
-__all__ = ["attach_weights", "transpose_linear_weights"]
+__all__ = ["StoredTensor", "attach_weights", "transpose_linear_weights"]
+
+StoredTensor = tuple[Path, str]
+"""A safetensors file and the tensor's name in it."""
 
 _NUMPY_DTYPES: dict[ir.DataType, np.dtype[np.generic]] = {
     ir.DataType.FLOAT: np.dtype(np.float32),
@@ -25,7 +28,7 @@ _NUMPY_DTYPES: dict[ir.DataType, np.dtype[np.generic]] = {
 
 def attach_weights(
     model: ir.Model,
-    files: Mapping[str, Path],
+    files: Mapping[str, StoredTensor],
     buffers: Mapping[str, NDArray[np.generic]],
     tied: Mapping[str, str],
 ) -> None:
@@ -33,7 +36,7 @@ def attach_weights(
 
     Args:
         model: Traced graph; changed in place.
-        files: Tensor name -> safetensors file that holds it.
+        files: Tensor name -> where a safetensors file holds it.
         buffers: Values that no file holds.
         tied: Parameter path -> path of the parameter it shares storage with.
 
@@ -49,7 +52,7 @@ def attach_weights(
         stored = name if name in files or name in buffers else aliases.get(name, name)
         shape = tuple(int(dim) for dim in value.shape)
         if stored in files:
-            value.const_value = _tensor_from_file(name, stored, files[stored], value.dtype, shape)
+            value.const_value = _tensor_from_file(name, files[stored], value.dtype, shape)
         elif stored in buffers:
             value.const_value = ir.Tensor(buffers[stored].astype(value.dtype.numpy()), dtype=value.dtype, name=name)
         else:
@@ -61,16 +64,17 @@ def _is_parameter_or_buffer(value: ir.Value) -> bool:
     return any("InputSpec" in key for key in value.metadata_props)
 
 
-def _tensor_from_file(name: str, stored: str, file: Path, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
+def _tensor_from_file(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
     def read() -> NDArray[np.generic]:
-        return _read_safetensor(file, stored).astype(_NUMPY_DTYPES[dtype], copy=False)
+        return _read_safetensor(stored).astype(_NUMPY_DTYPES[dtype], copy=False)
 
     return lazy_tensor(name, dtype, shape, read)
 
 
-def _read_safetensor(file: Path, name: str) -> NDArray[np.generic]:
+def _read_safetensor(stored: StoredTensor) -> NDArray[np.generic]:
+    file, key = stored
     with safe_open(str(file), framework="np") as tensors:
-        array: NDArray[np.generic] = tensors.get_tensor(name)
+        array: NDArray[np.generic] = tensors.get_tensor(key)
     return array
 
 

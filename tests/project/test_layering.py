@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LEAVES = frozenset({"errors", "files", "graph_io", "numerics", "packing", "policy", "progress", "sites"})
+LEAVES = frozenset(
+    {"errors", "files", "graph_io", "memory", "numerics", "options", "packing", "policy", "progress", "sites"}
+)
+DRIVERS = frozenset({"__main__", "cli", "pipeline"})
+"""May import everything; nothing but drivers may import them."""
 STAGES = frozenset({"build", "package", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"
 TENSORRT = frozenset({"tensorrt", "tensorrt_rtx"})
@@ -93,6 +97,12 @@ def test_every_stage_and_leaf_of_the_lists_exists() -> None:
     """The lists above name real rooms: a renamed stage cannot slip out of the check."""
     names = {module.split(".")[1] for module in MODULES if module.startswith("fptq_export.")}
     assert names >= LEAVES | STAGES
+
+
+def test_every_top_module_is_a_stage_a_leaf_or_a_driver() -> None:
+    """A new module or folder beside the stages is put on one of the lists on purpose."""
+    top = {module.split(".")[1] for module in MODULES if module.startswith("fptq_export.")}
+    assert top - STAGES - LEAVES - DRIVERS == set(), "add it to STAGES, LEAVES (import leaves only) or DRIVERS"
 
 
 def test_leaves_are_imported_by_more_than_the_drivers() -> None:

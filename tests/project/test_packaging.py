@@ -34,6 +34,7 @@ PACKAGES = {
     "fptq_export",
     "fptq_export/build",
     "fptq_export/package",
+    "fptq_export/pipeline",
     "fptq_export/rewrite",
     "fptq_export/trace",
     "fptq_export/verify",

@@ -1,0 +1,221 @@
+"""Token windows for calibration and verification."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.documents import SOURCES_HINT, documents_from_source
+from calib.text import calibration_text, held_out_text
+from fptq_export.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CalibrationOptions", "TokenBatches", "auto_batch_size", "held_out_windows", "token_batches"]
+
+AUTO_BATCH_TOKENS = 2048
+"""Tokens a batch when the user names no batch size. On two cores SmolLM2-135M gains nothing from larger ones."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What the model is shown.
+
+    Raises:
+        UserError: A size is not positive.
+    """
+
+    dataset: str = "builtin"
+    """`builtin`, `random`, a `.txt`, `.jsonl` or `.npz` file, or a data set id."""
+    size: int = 64
+    """Windows."""
+    seq: int = 512
+    """Tokens a window."""
+    batch_size: int = 0
+    """Windows a forward pass; 0 chooses."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("size", self.size, 1), ("seq", self.seq, 2), ("batch-size", self.batch_size, 0)):
+            if value < least:
+                raise UserError(f"--calib-{name}", f"must be at least {least}, got {value}", "give a larger number")
+        if self.seed < 0:
+            raise UserError("--seed", f"must not be negative, got {self.seed}", "give a number from 0 on")
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """Windows of token ids."""
+
+    tokens: NDArray[np.int64]
+    """[size, seq]."""
+    description: str
+    """Where they come from, for people."""
+    sha256: str
+    """Of shape and ids, little-endian: tells two runs apart."""
+
+    @property
+    def count(self) -> int:
+        """Tokens in all."""
+        return int(self.tokens.size)
+
+
+def auto_batch_size(seq: int) -> int:
+    """Windows a forward pass when the user names no number."""
+    return max(1, AUTO_BATCH_TOKENS // seq)
+
+
+def token_batches(
+    options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> TokenBatches:
+    """Make the windows that calibration runs.
+
+    Text is tokenized as one stream and cut into contiguous windows that do not overlap. When there are more than
+    `options.size`, the seed draws among them; when there are fewer, all are used and the description says so. A window
+    starts with the token that the tokenizer itself starts a text with, if it does.
+
+    Args:
+        options: Source, sizes and seed.
+        tokenizer: Needed for text; token ids and random tokens do without.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        UserError: The source is unknown or unreadable, holds less than one window, or ids lie outside the vocabulary.
+    """
+    if options.dataset == "random":
+        tokens = np.random.default_rng(options.seed).integers(
+            0, vocab_size, (options.size, options.seq), dtype=np.int64
+        )
+        what = f"uniform over a vocabulary of {vocab_size}, seed {options.seed}"
+        return TokenBatches(tokens, f"random: {options.size} x {options.seq} tokens, {what}", _sha256(tokens))
+    if Path(options.dataset).suffix == ".npz":
+        windows = _windows_from_npz(Path(options.dataset), options.seq)
+    else:
+        windows = _windows_from_text(options, _required(tokenizer, options.dataset))
+    _check_ids(windows, vocab_size, options.dataset)
+    found = len(windows)
+    description = f"{options.dataset}: {min(found, options.size)} x {options.seq} tokens"
+    if found > options.size:
+        chosen = np.random.default_rng(options.seed).choice(found, options.size, replace=False)
+        windows = windows[np.sort(chosen)]
+        description += f", drawn from {found} windows with seed {options.seed}"
+    elif found < options.size:
+        description += f", all there is ({options.size} windows were asked for)"
+    return TokenBatches(windows, description, _sha256(windows))
+
+
+def held_out_windows(tokenizer: PreTrainedTokenizerBase, count: int, seq: int) -> NDArray[np.int64]:
+    """The first windows of the built-in text that calibration never sees.
+
+    Returns:
+        int64 [count, seq].
+
+    Raises:
+        UserError: The held-out text has fewer windows of that length.
+    """
+    windows = _cut(itertools.chain(_prompt_tokens(tokenizer, held_out_text())), seq, _start_tokens(tokenizer), count)
+    if len(windows) < count:
+        raise UserError(
+            "held-out text",
+            f"holds {len(windows)} windows of {seq} tokens, fewer than {count}",
+            "ask for fewer windows",
+        )
+    return windows
+
+
+def _required(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        hint = "put the tokenizer's files beside config.json, or use --calib-dataset random or an .npz of token ids"
+        raise UserError(f"--calib-dataset {source}", "text needs a tokenizer, and the model has none", hint)
+    return tokenizer
+
+
+def _windows_from_text(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    source, seq = options.dataset, options.seq
+    limit = None
+    if source == "builtin":
+        documents: Iterator[str] = iter([calibration_text()])
+    else:
+        documents = documents_from_source(source, options.seed)
+        # A data set may have no end: it comes shuffled, and is read until there is enough.
+        limit = None if Path(source).suffix in (".txt", ".jsonl") else options.size
+    tokens = (token for document in documents for token in _prompt_tokens(tokenizer, f"{document}\n\n"))
+    windows = _cut(tokens, seq, _start_tokens(tokenizer), limit)
+    if len(windows) == 0:
+        cause = f"too short: not even one window of {seq} tokens"
+        raise UserError(f"--calib-dataset {source}", cause, "give more text or a smaller --calib-seq")
+    return windows
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens a text starts with on its own account: models that were trained with one need it in every window."""
+    bos: Any = tokenizer.bos_token_id
+    ids: list[int] = tokenizer.encode("a", verbose=False)
+    return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def _cut(tokens: Iterator[int], seq: int, start: list[int], limit: int | None) -> NDArray[np.int64]:
+    """Cut a stream into at most `limit` full windows: [n, seq]."""
+    body = seq - len(start)
+    stream = np.fromiter(itertools.islice(tokens, None if limit is None else limit * body), dtype=np.int64)
+    count = len(stream) // body
+    windows = stream[: count * body].reshape(count, body)
+    return np.hstack([np.tile(np.asarray(start, dtype=np.int64), (count, 1)), windows])
+
+
+def _windows_from_npz(path: Path, seq: int) -> NDArray[np.int64]:
+    """Windows of array `input_ids`: [n] as one stream, or [rows, n] with each row cut on its own."""
+    ids = np.atleast_2d(_read_input_ids(path))
+    count = ids.shape[1] // seq
+    if ids.shape[0] == 0 or count == 0:
+        cause = f"input_ids is {list(ids.shape)}: no row has {seq} tokens"
+        raise UserError(str(path), cause, "give longer rows or a smaller --calib-seq")
+    return np.ascontiguousarray(ids[:, : count * seq]).reshape(-1, seq).astype(np.int64)
+
+
+def _read_input_ids(path: Path) -> NDArray[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            ids: NDArray[Any] = arrays["input_ids"]
+    except FileNotFoundError:
+        raise UserError(str(path), "no such file", SOURCES_HINT) from None
+    except KeyError:
+        raise UserError(
+            str(path), "holds no array named input_ids", "save it with np.savez(path, input_ids=ids)"
+        ) from None
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise UserError(str(path), f"not a readable .npz file ({error})", "write it again with np.savez") from None
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+        cause = f"input_ids is {ids.dtype} with {ids.ndim} axes"
+        raise UserError(str(path), cause, "token ids are integers with one or two axes")
+    return ids
+
+
+def _check_ids(windows: NDArray[np.int64], vocab_size: int, source: str) -> None:
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"--calib-dataset {source}",
+            f"token ids run from {low} to {high}, but the model's vocabulary has {vocab_size}",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+def _sha256(tokens: NDArray[np.int64]) -> str:
+    digest = hashlib.sha256(repr(tokens.shape).encode())
+    digest.update(tokens.astype("<i8").tobytes())
+    return digest.hexdigest()

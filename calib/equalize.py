@@ -1,0 +1,74 @@
+"""Logarithmic activation equalization (LAE): the scales of a policy's sites, and what they do to weights.
+
+x' = x / s and W' = W s leave x W^T as it is (FPTQ, arXiv 2308.15987; s_j = m_j / log2(2 + m_j)). The division is folded
+into whatever produces x. For a `norm` site that is the norm; for a `gated_mlp` site it is a linear, whose output rows
+(and bias) are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fptq_export import numerics
+from fptq_export.sites import Sites
+
+__all__ = ["LinearScales", "closed_form_scale", "equalization_from_absmax", "equalized_weight", "scales_from_sites"]
+
+
+def equalization_from_absmax(channel_absmax: NDArray[np.float32]) -> NDArray[np.float32]:
+    """LAE scales of a site, float32 [channels]: the reference formula in float64, rounded once."""
+    return numerics.equalization_from_absmax(channel_absmax).astype(np.float32)
+
+
+def closed_form_scale(absmax: float, *, equalized: bool) -> float:
+    """INT8 scale of an input whose largest magnitude was `absmax`: v / 127, or log2(2 + v) / 127 after equalization."""
+    return float(numerics.static_scale(numerics.equalized_absmax(absmax) if equalized else absmax))
+
+
+@dataclass(frozen=True)
+class LinearScales:
+    """How equalization changes one linear; float32, None where it does not."""
+
+    input: NDArray[np.float32] | None = None
+    """[in]: columns of the weight [out, in] are multiplied by it."""
+    output: NDArray[np.float32] | None = None
+    """[out]: rows of the weight, and the bias, are divided by it."""
+
+
+def scales_from_sites(
+    sites: Sites, equalized: Iterable[str], equalization: Mapping[str, NDArray[np.float32]]
+) -> dict[str, LinearScales]:
+    """Scales of every linear that an equalized site touches.
+
+    Args:
+        sites: Fold sites of the graph.
+        equalized: Ids of the sites that the policy equalizes.
+        equalization: Site id -> s, float32 [channels].
+
+    Returns:
+        Linear path -> its scales. Linears that no site touches are absent. Consumers that stay float are present:
+        they read the equalized tensor too.
+    """
+    scales: dict[str, LinearScales] = {}
+    for site_id in equalized:
+        site, s = sites.site(site_id), equalization[site_id]
+        for path in site.consumers:
+            scales[path] = LinearScales(input=s, output=scales.get(path, LinearScales()).output)
+        if site.producer_linear is not None:
+            before = scales.get(site.producer_linear, LinearScales())
+            scales[site.producer_linear] = LinearScales(input=before.input, output=s)
+    return scales
+
+
+def equalized_weight(weight: torch.Tensor, scales: LinearScales) -> torch.Tensor:
+    """W' = W s_input / s_output, one float32 rounding each: [out, in] -> [out, in]."""
+    if scales.input is not None:
+        weight = weight * torch.from_numpy(scales.input)
+    if scales.output is not None:
+        weight = weight / torch.from_numpy(scales.output)[:, None]
+    return weight

@@ -1,0 +1,191 @@
+"""The command line: its options, its help, and the `RunOptions` they make."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from fptq_export import __version__
+from fptq_export.errors import Problem, UserError, UserErrors
+from fptq_export.options import RunOptions
+from fptq_export.package.manifest import read_manifest
+
+__all__ = ["RUN_VERB", "VERB_HELP", "options_from_namespace", "parser_for_cli", "verb_and_arguments"]
+
+RUN_VERB = "run"
+VERB_HELP = {
+    RUN_VERB: "the whole road: model -> policy -> ONNX -> proof -> engine (this is the default verb)",
+    "trace": "model -> model.onnx and sites.json",
+    "calibrate": "model -> stats.safetensors and policy.json",
+    "rewrite": "model.onnx and policy -> model.qdq.onnx and model.w4a8.onnx",
+    "verify": "model.w4a8.onnx against the FP32 model -> verify.json",
+    "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
+}
+_DIRECTORY_VERBS = ("rewrite", "verify", "build")
+
+_EXAMPLES = """\
+examples:
+  fptq-export ./SmolLM2-135M --engine smollm2.plan
+  fptq-export model.gguf -o run/ --engine out.plan --max-ppl-increase 20%
+  fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
+  fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
+  fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
+  fptq-export MODEL --engine out.plan --dry-run
+
+exit codes:
+  0 done    1 something you can mend    2 a bug of ours    3 less accurate than --max-ppl-increase allows
+  4 a graph or engine would not run what the policy says    130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage as a UserError, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of exiting with argparse's own code."""
+        raise UserError(self.prog, message, f"see {self.prog} --help")
+
+
+def parser_for_cli() -> argparse.ArgumentParser:
+    """The parser; only options that are given appear in its namespace."""
+    parser = _Parser(
+        prog="fptq-export",
+        description="Export a Hugging Face LLM to a TensorRT engine quantized with FPTQ: INT4 weights, INT8 activations.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for verb, text in VERB_HELP.items():
+        _add_verb(verbs, verb, text)
+    return parser
+
+
+def _add_verb(verbs: argparse._SubParsersAction[Any], verb: str, text: str) -> None:
+    parser = verbs.add_parser(
+        verb,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    if verb in _DIRECTORY_VERBS:
+        parser.add_argument("output", nargs="?", metavar="DIR", help="run directory written by the earlier stages")
+        parser.add_argument("-o", "--output", dest="output", metavar="DIR", help="the same")
+    else:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="Hugging Face directory, hub id or .gguf file")
+        parser.add_argument("-m", "--model", dest="model", metavar="MODEL", help="the same")
+        parser.add_argument("-o", "--output", metavar="DIR", help="directory for every file [NAME-w4a8]")
+    _add_model_options(parser)
+    _add_calibration_options(parser)
+    _add_policy_options(parser)
+    _add_verify_options(parser)
+    _add_build_options(parser)
+    other = parser.add_argument_group("other")
+    other.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing")
+    other.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and library warnings")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group.add_argument(
+        "--keep", action=argparse.BooleanOptionalAction, help="keep model.onnx and model.qdq.onnx after the run [keep]"
+    )
+
+
+def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calib-dataset", metavar="DATA", help="builtin, random, a .txt, .jsonl or .npz file, or a datasets id [builtin]"
+    )
+    group.add_argument("--calib-size", type=int, metavar="N", help="samples [64]")
+    group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
+    group.add_argument("--batch-size", type=int, metavar="N", help="samples in one forward pass; 0 picks one [0]")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of the sample choice [0]")
+
+
+def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("policy")
+    group.add_argument("--policy", metavar="RULE|FILE", help="paper, or a policy.json to replay without calibration [paper]")
+    group.add_argument("--v0", type=float, metavar="X", help="inputs up to this magnitude stay as they are, static [15]")
+    group.add_argument("--v1", type=float, metavar="X", help="inputs from this magnitude on are per-token [150]")
+    group.add_argument("--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]")
+    group.add_argument("--weight-method", metavar="NAME", help="rtn or mse [rtn]")
+    group.add_argument(
+        "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
+    )
+
+
+def _add_verify_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("verification")
+    group.add_argument("--verify", action=argparse.BooleanOptionalAction, help="compare with the FP32 model [verify]")
+    group.add_argument(
+        "--max-ppl-increase", metavar="RATIO", help="3%% or 0.03: above it the run fails with exit code 3 and no engine"
+    )
+    group.add_argument("--eval-windows", type=int, metavar="N", help="windows of held-out text [8]")
+    group.add_argument("--eval-seq", type=int, metavar="TOKENS", help="tokens in a window [512]")
+    group.add_argument("--decode-steps", type=int, metavar="N", help="greedy steps with the cache carried [16]")
+
+
+def _add_build_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--engine", metavar="FILE", help="where the engine goes, e.g. out.plan")
+    group.add_argument("--target", metavar="NAME", help="tensorrt, tensorrt-rtx or onnx [what this machine can build]")
+    group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences in a batch [4]")
+    group.add_argument("--max-input-len", type=int, metavar="TOKENS", help="new tokens in one call [1024]")
+    group.add_argument("--max-kv-len", type=int, metavar="TOKENS", help="tokens in the cache before a call [2048]")
+    for name in ("min", "opt", "max"):
+        group.add_argument(f"--{name}-shapes", metavar="SHAPES", help="trtexec's --minShapes: input_ids:1x1,..." )
+    group.add_argument("--compute-capability", nargs="+", metavar="CC", help="GPUs of an RTX engine [8.0 8.6 8.9 12.0]")
+    group.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 to 5 [3]")
+    group.add_argument("--mem-pool-size", metavar="POOLS", help="trtexec's --memPoolSize: workspace:8G")
+
+
+def verb_and_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split off the verb; a command line that starts with anything else is a `run`."""
+    if arguments and arguments[0] in VERB_HELP:
+        return arguments[0], arguments[1:]
+    return RUN_VERB, arguments
+
+
+def options_from_namespace(verb: str, given: Mapping[str, Any]) -> RunOptions:
+    """Check the options of a command line.
+
+    Verbs that take a run directory continue with the options in its manifest; what is given wins.
+
+    Raises:
+        UserError: The model, or the run directory, is missing.
+        UserErrors: Every option with a value it does not take.
+    """
+    values = {name: value for name, value in given.items() if name in RunOptions.model_fields}
+    if verb in _DIRECTORY_VERBS:
+        values = {**_options_of_earlier_run(verb, values), **values}
+    if "model" not in values:
+        raise UserError("MODEL", "is missing", f"fptq-export {verb} MODEL -o DIR")
+    values.setdefault("output", Path(f"{Path(values['model']).stem}-w4a8"))
+    if "exclude" in given:
+        values["exclude"] = tuple(pattern for pattern in given["exclude"] if pattern)
+    try:
+        return RunOptions.model_validate(values)
+    except ValidationError as error:
+        problems = [Problem(f"--{str(item['loc'][0]).replace('_', '-')}", item["msg"]) for item in error.errors()]
+        raise UserErrors("options", problems, f"see fptq-export {verb} --help") from None
+
+
+def _options_of_earlier_run(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    if "output" not in values:
+        raise UserError("DIR", "is missing", f"fptq-export {verb} DIR, with the directory of an earlier run")
+    manifest = read_manifest(Path(values["output"]))
+    if manifest is None:
+        raise UserError(str(values["output"]), "is not a run directory (no manifest.json)", "run fptq-export MODEL -o there")
+    earlier = manifest.options.model_dump()
+    return {**earlier, "output": values["output"]}

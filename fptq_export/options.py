@@ -1,0 +1,72 @@
+"""What a run is asked to do. Stored in `manifest.json`, so that a later verb continues with the same options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from fptq_export.policy import GROUP_SIZES
+
+__all__ = ["RunOptions"]
+
+
+class RunOptions(BaseModel):
+    """Options of a run, checked.
+
+    Field names are the option names of the command line (`calib_size` is `--calib-size`). Sizes are in tokens unless the
+    name says otherwise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """Hugging Face directory, hub id or `.gguf` file."""
+    output: Path
+    """Directory that holds every file of the run."""
+    engine: Path | None = None
+    """Where the engine goes; None builds none."""
+    target: str | None = None
+    """`tensorrt`, `tensorrt-rtx`, `onnx`; None picks what this machine can build."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Type of everything that is not quantized."""
+    policy: str = "paper"
+    """`paper`, or a policy.json to replay."""
+    v0: NonNegativeFloat = 15.0
+    v1: NonNegativeFloat = 150.0
+    group_size: Literal[128, 64, 32, 16] = GROUP_SIZES[0]
+    weight_method: Literal["rtn", "mse"] = "rtn"
+    exclude: tuple[str, ...] = ("lm_head",)
+    """Regular expressions of torch paths that keep the float precision."""
+    calib_dataset: str = "builtin"
+    """`builtin`, `random`, a .txt, .jsonl or .npz file, or a datasets id."""
+    calib_size: PositiveInt = 64
+    """Samples of `calib_seq` tokens."""
+    calib_seq: PositiveInt = 512
+    batch_size: NonNegativeInt = 0
+    """Samples in one forward pass of calibration; 0 picks one."""
+    seed: NonNegativeInt = 0
+    verify: bool = True
+    eval_windows: PositiveInt = 8
+    """Windows of held-out text for perplexity."""
+    eval_seq: PositiveInt = 512
+    decode_steps: PositiveInt = 16
+    """Greedy decode steps compared with the cache carried."""
+    max_ppl_increase: NonNegativeFloat | None = None
+    """Largest relative increase of perplexity (0.1 is 10 %); above it nothing is published."""
+    max_batch_size: PositiveInt = 4
+    max_input_len: PositiveInt = 1024
+    max_kv_len: PositiveInt = 2048
+    min_shapes: str | None = None
+    """trtexec grammar: `input_ids:1x1,attention_mask:1x1`; overrides the three limits, with the two below."""
+    opt_shapes: str | None = None
+    max_shapes: str | None = None
+    compute_capability: tuple[str, ...] = ("8.0", "8.6", "8.9", "12.0")
+    """GPUs a TensorRT-RTX engine is built for."""
+    builder_optimization_level: int = Field(default=3, ge=0, le=5)
+    mem_pool_size: str | None = None
+    """`workspace:8G`, as trtexec takes it."""
+    keep: bool = True
+    """Keep the float and the Q/DQ graph after a successful run."""
+    trust_remote_code: bool = False

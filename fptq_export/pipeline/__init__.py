@@ -1,0 +1,5 @@
+"""The pipeline: the only room that knows every stage and their order."""
+
+from fptq_export.pipeline.road import ROAD, VERBS, run_road
+
+__all__ = ["ROAD", "VERBS", "run_road"]

@@ -1,0 +1,79 @@
+"""Statistics and policy of a run: the way from the pipeline's options to `calib`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib.batches import CalibrationOptions, token_batches
+from calib.decide import PolicyOptions, decide_policy
+from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
+from calib.observe import observe
+from calib.replay import replay_policy
+from calib.stats import read_stats, write_stats
+from fptq_export.options import RunOptions
+from fptq_export.policy import Policy, write_policy
+from fptq_export.progress import Progress
+from fptq_export.sites import Sites
+
+__all__ = ["calibrate", "decide", "replay", "summary_from_policy"]
+
+
+def calibrate(
+    checkpoint: Checkpoint, sites: Sites, options: RunOptions, stats_path: Path, progress: Progress
+) -> dict[str, Any]:
+    """Measure the inputs of every linear that will be quantized and write `stats.safetensors`."""
+    wanted = CalibrationOptions(
+        dataset=options.calib_dataset,
+        size=options.calib_size,
+        seq=options.calib_seq,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    tokenizer = None if options.calib_dataset == "random" else tokenizer_from_checkpoint(checkpoint)
+    batches = token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
+    excluded = [re.compile(pattern) for pattern in options.exclude]
+    linears = [linear.path for linear in sites.linears if not any(rule.search(linear.path) for rule in excluded)]
+    model = model_from_checkpoint(checkpoint, torch.float32)
+    stats = observe(model, batches, linears, progress, options.batch_size)
+    write_stats(stats, stats_path)
+    return {"data": batches.description, "tokens": batches.count}
+
+
+def decide(
+    checkpoint: Checkpoint, sites: Sites, options: RunOptions, stats_path: Path, policy_path: Path, progress: Progress
+) -> dict[str, Any]:
+    """Choose what every linear runs, quantize its weight, and write both halves of the policy."""
+    rule = PolicyOptions(
+        v0=options.v0,
+        v1=options.v1,
+        group_size=options.group_size,
+        weight_method=options.weight_method,
+        exclude=options.exclude,
+    )
+    policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress)
+    write_policy(policy, arrays, policy_path)
+    return summary_from_policy(policy)
+
+
+def replay(source: Path, checkpoint: Checkpoint, sites: Sites, policy_path: Path, progress: Progress) -> dict[str, Any]:
+    """Take an edited policy back in, without calibration."""
+    policy, arrays = replay_policy(source, sites, checkpoint, progress)
+    write_policy(policy, arrays, policy_path)
+    return summary_from_policy(policy)
+
+
+def summary_from_policy(policy: Policy) -> dict[str, Any]:
+    """Layers of each tier, and bits a weight averaged over the quantized weights (group scales included)."""
+    quantized = list(policy.quantized().values())
+    tiers = {tier: sum(layer.activation == tier for layer in quantized) for tier in ("static", "lae_static", "per_token")}
+    weights = [layer.in_features * layer.out_features for layer in quantized]
+    bits = sum((layer.bits_per_weight or 0.0) * count for layer, count in zip(quantized, weights, strict=True))
+    return {
+        "layers": tiers,
+        "float_layers": len(policy.layers) - len(quantized),
+        "bits_per_weight": bits / sum(weights) if weights else None,
+    }

@@ -1,0 +1,62 @@
+"""`--dry-run`: what would be written, how large it gets and how much memory it takes."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from calib.sizes import ModelSizes, sizes_from_model
+from fptq_export.build.targets import Target, target_from_option
+from fptq_export.options import RunOptions
+from fptq_export.pipeline.road import VERBS
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.progress import NoProgress
+
+__all__ = ["estimated_sizes", "peak_memory_bytes", "print_plan"]
+
+_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+_LIBRARIES_BYTES = 1 << 30
+"""torch, ONNX Runtime and the logits of one window, measured on SmolLM2-135M and rounded up."""
+_MIB = 1 << 20
+
+
+def print_plan(verb: str, options: RunOptions, console: Console) -> None:
+    """Print the stages of a verb with the files each would write; writes nothing itself."""
+    sizes = sizes_from_model(
+        options.model, options.exclude, NoProgress(), trust_remote_code=options.trust_remote_code
+    )
+    target = target_from_option(options.target)
+    table = Table("stage", "writes", title=f"{options.model}: {sizes.parameters / 1e6:,.1f} M weights", title_justify="left")
+    table.add_column("about", justify="right")
+    expected = estimated_sizes(sizes, options)
+    for stage in VERBS[verb]:
+        if stage == "build" and (options.engine is None or target is Target.ONNX):
+            continue
+        name, size = expected[stage]
+        table.add_row(stage, name, f"{size / _MIB:,.0f} MiB" if size else "")
+    console.print(table)
+    console.print(f"{sizes.quantized / 1e6:,.1f} M weights become INT4 (group size {options.group_size} where it divides)")
+    console.print(f"peak memory: about {peak_memory_bytes(sizes) / (1 << 30):.1f} GiB; target: {target}")
+
+
+def estimated_sizes(sizes: ModelSizes, options: RunOptions) -> dict[str, tuple[str, int]]:
+    """Stage -> (main file, bytes): float weights at the graph's type, INT4 ones at half a byte plus FP16 group scales."""
+    directory = RunDirectory(options.output)
+    width = _BYTES[options.dtype]
+    packed = int(sizes.quantized * (0.5 + 2 / options.group_size))
+    small = packed + (sizes.parameters - sizes.quantized) * width
+    return {
+        "load": ("", 0),
+        "trace": (str(directory.model), sizes.parameters * width),
+        "calibrate": (str(directory.stats), 0),
+        "policy": (str(directory.policy), packed),
+        "rewrite": (str(directory.w4a8), small),
+        "verify": (str(directory.verify), 0),
+        "build": (str(options.engine), small),
+        "package": (str(directory.path), 0),
+    }
+
+
+def peak_memory_bytes(sizes: ModelSizes) -> int:
+    """The FP32 model of calibration and verification, the unpacked W4A8 model in ONNX Runtime, and the libraries."""
+    return 2 * 4 * sizes.parameters + _LIBRARIES_BYTES

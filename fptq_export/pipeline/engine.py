@@ -1,0 +1,65 @@
+"""Engine of a run: lowering, optimization profile, build, and the proof of its precision."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fptq_export.build.engine import BuildRequest, build_engine
+from fptq_export.build.memory_pools import mem_pools_from_option
+from fptq_export.build.profiles import (
+    ExplicitShapes,
+    LlmLimits,
+    Profile,
+    inputs_from_onnx,
+    profile_for_inputs,
+    shapes_from_option,
+)
+from fptq_export.build.targets import Target
+from fptq_export.options import RunOptions
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.policy import read_policy
+from fptq_export.progress import Progress
+from fptq_export.rewrite import lower_for_tensorrt
+
+__all__ = ["build"]
+
+
+def build(
+    directory: RunDirectory, engine: Path, target: Target, options: RunOptions, progress: Progress
+) -> dict[str, Any]:
+    """Build the engine of `model.w4a8.onnx`; it gets its name only after its layers matched the policy."""
+    quantized = read_policy(directory.policy).quantized()
+    profile = _profile(directory.w4a8, options)
+    with tempfile.TemporaryDirectory() as scratch:
+        lowered = Path(scratch) / "lowered.onnx"
+        lower_for_tensorrt(directory.w4a8, lowered)
+        request = BuildRequest(
+            onnx_path=lowered,
+            weights_dir=directory.path,
+            engine_path=engine,
+            log_path=directory.build_log,
+            target=target,
+            quantized={path: layer.in_features * layer.out_features for path, layer in quantized.items()},
+            profiles=(profile,) if profile is not None else (),
+            compute_capabilities=options.compute_capability if target is Target.TENSORRT_RTX else (),
+            optimization_level=options.builder_optimization_level,
+            memory_pools=mem_pools_from_option(options.mem_pool_size or ""),
+        )
+        report = build_engine(request, progress)
+    return {
+        "target": str(report.target),
+        "library_version": report.library_version,
+        "compute_capabilities": report.compute_capabilities,
+        "engine_layers": len(report.layers),
+        "int4_constants": report.precision.int4_constants,
+        "warnings": report.warnings,
+    }
+
+
+def _profile(graph: Path, options: RunOptions) -> Profile | None:
+    limits = LlmLimits(options.max_batch_size, options.max_input_len, options.max_kv_len)
+    texts = {"--minShapes": options.min_shapes, "--optShapes": options.opt_shapes, "--maxShapes": options.max_shapes}
+    explicit = ExplicitShapes(*(shapes_from_option(name, text) if text else {} for name, text in texts.items()))
+    return profile_for_inputs(inputs_from_onnx(graph), limits, explicit)

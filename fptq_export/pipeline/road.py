@@ -1,0 +1,321 @@
+"""The one-way road, and the only module that knows its order.
+
+    load -> trace -> calibrate -> policy -> rewrite -> verify -> build -> package
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from fptq_export import __version__
+from fptq_export.build.memory_pools import mem_pools_from_option
+from fptq_export.build.targets import Target, check_target, module_name, target_from_option
+from fptq_export.errors import UserError
+from fptq_export.files import remove_partial_files, write_json_model
+from fptq_export.graph_io import data_path
+from fptq_export.options import RunOptions
+from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
+from fptq_export.policy import PolicyArrays, arrays_path, read_policy
+from fptq_export.progress import Progress
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.sites import Sites, read_sites
+from fptq_export.pipeline.stages import Stage, StageRunner
+
+if TYPE_CHECKING:
+    from calib.load import Checkpoint
+
+__all__ = ["ROAD", "VERBS", "run_road"]
+
+ROAD = ("load", "trace", "calibrate", "policy", "rewrite", "verify", "build", "package")
+VERBS: Mapping[str, tuple[str, ...]] = {
+    "run": ROAD,
+    "trace": ("load", "trace"),
+    "calibrate": ("load", "calibrate", "policy"),
+    "rewrite": ("rewrite",),
+    "verify": ("verify",),
+    "build": ("build",),
+}
+"""Stages each verb runs; a verb needs the files of the stages before its own."""
+
+_GRAPH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx")
+_TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "generation_config.json",
+)
+
+
+def run_road(verb: str, options: RunOptions, command: str, console: Console, progress: Progress) -> Manifest:
+    """Run the stages of a verb, skipping those whose result is already there.
+
+    Args:
+        verb: A key of `VERBS`.
+        options: What to do.
+        command: The command line, for the manifest.
+        console: Where stages report.
+        progress: Where long work reports.
+
+    Returns:
+        The manifest of the run directory.
+
+    Raises:
+        UserError: Anything the user can mend.
+        GateError: The quantized model is less accurate than allowed; no engine was built.
+        PrecisionError: A graph or engine does not run what the policy says.
+    """
+    directory = RunDirectory(options.output)
+    with _locked(directory.path):
+        remove_partial_files(directory.path)
+        runner = StageRunner(directory.path, _manifest(options, command), console)
+        write_manifest(runner.manifest, directory.path)
+        road = _Road(options, directory, runner, progress)
+        road.check_options(VERBS[verb])
+        for name in VERBS[verb]:
+            road.stages[name]()
+    return runner.manifest
+
+
+def _locked(directory: Path) -> FileLock:
+    """One run at a time in a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(str(directory), "another run is working here", "wait for it, or choose another -o") from None
+    return lock
+
+
+def _manifest(options: RunOptions, command: str) -> Manifest:
+    known = read_manifest(options.output)
+    return Manifest(
+        tool_version=__version__,
+        command=command,
+        options=options,
+        environment={"python": platform.python_version(), "platform": platform.platform(), **_library_versions()},
+        stages=known.stages if known is not None else {},
+    )
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class _Road:
+    """The stages of one run. Heavy libraries are imported by the stage that needs them."""
+
+    def __init__(self, options: RunOptions, directory: RunDirectory, runner: StageRunner, progress: Progress) -> None:
+        self._options = options
+        self._dir = directory
+        self._runner = runner
+        self._progress = progress
+        self._target = target_from_option(options.target)
+        self.stages: Mapping[str, Callable[[], None]] = {name: getattr(self, f"_{name}") for name in ROAD}
+
+    def check_options(self, stages: tuple[str, ...]) -> None:
+        """Refuse what cannot work before anything long starts."""
+        options = self._options
+        if options.v0 > options.v1:
+            raise UserError("--v0", f"is {options.v0:g}, above --v1 {options.v1:g}", "give v0 <= v1")
+        if options.max_ppl_increase is not None and not options.verify:
+            raise UserError("--max-ppl-increase", "cannot be checked with --no-verify", "leave one of the two out")
+        if options.policy != "paper" and not Path(options.policy).is_file():
+            raise UserError(f"--policy {options.policy}", "no such file", "give a policy.json, or paper")
+        if self._replays:
+            read_policy(Path(options.policy))
+        if "build" in stages and options.engine is not None:
+            check_target(self._target)
+            mem_pools_from_option(options.mem_pool_size or "")
+            if self._target is Target.ONNX:
+                raise UserError("--engine", "there is no engine with --target onnx", "leave --engine out")
+        if stages == VERBS["build"] and options.engine is None:
+            raise UserError("--engine", "is missing", "say where the engine goes: --engine out.plan")
+
+    @property
+    def _replays(self) -> bool:
+        return self._options.policy != "paper"
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        from calib.load import checkpoint_from_model
+
+        return checkpoint_from_model(
+            self._options.model,
+            workdir=self._dir.path,
+            trust_remote_code=self._options.trust_remote_code,
+            progress=self._progress,
+        )
+
+    @cached_property
+    def _weight_files(self) -> tuple[Path, ...]:
+        files = {entry.file for entry in self._checkpoint.tensors.values()}
+        return (self._checkpoint.directory / "config.json", *sorted(files))
+
+    @cached_property
+    def _tokenizer_files(self) -> tuple[Path, ...]:
+        directory = self._checkpoint.directory
+        found = {path for pattern in _TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
+        return tuple(sorted(path for path in found if path.suffix != ".safetensors"))
+
+    @cached_property
+    def _sites(self) -> Sites:
+        return read_sites(self._dir.sites)
+
+    def _stage(
+        self, name: str, parts: Mapping[str, Any], inputs: tuple[Path, ...], outputs: tuple[Path, ...],
+        run: Callable[[], Mapping[str, Any] | None],
+    ) -> None:
+        edited = (self._dir.policy, "--policy") if name == "policy" and not self._replays else None
+        self._runner.run(Stage(name, parts, inputs, outputs, lambda: run() or {}, edited))
+
+    def _option_parts(self, *names: str) -> dict[str, Any]:
+        return self._options.model_dump(mode="json", include=set(names))
+
+    def _load(self) -> None:
+        from calib.checks import check_checkpoint
+
+        needs_text = self._options.verify or not (self._replays or self._options.calib_dataset == "random")
+
+        def run() -> None:
+            check_checkpoint(
+                self._checkpoint, self._progress, dtype=_GRAPH_DTYPES[self._options.dtype], needs_tokenizer=needs_text
+            )
+
+        parts = {**self._option_parts("dtype"), "needs_text": needs_text}
+        self._stage("load", parts, (*self._weight_files, *self._tokenizer_files), (), run)
+
+    def _trace(self) -> None:
+        from fptq_export.trace import trace
+
+        checkpoint = self._checkpoint
+
+        def run() -> None:
+            trace(
+                checkpoint.config,
+                {name: (entry.file, entry.key) for name, entry in checkpoint.tensors.items()},
+                self._options.dtype,
+                self._dir.model,
+                self._dir.sites,
+                self._progress,
+                trust_remote_code=self._options.trust_remote_code,
+            )
+
+        parts = {**self._option_parts("dtype"), "torch": version("torch"), "transformers": version("transformers")}
+        self._stage("trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run)
+
+    def _calibrate(self) -> None:
+        from fptq_export.pipeline.calibration import calibrate
+
+        if self._replays:
+            self._runner.skip("calibrate")
+            return
+        source = Path(self._options.calib_dataset)
+        files = (source,) if source.is_file() else ()
+        parts = self._option_parts("calib_dataset", "calib_size", "calib_seq", "batch_size", "seed", "exclude")
+        self._stage(
+            "calibrate",
+            {**parts, "python": platform.python_version()},
+            (self._dir.sites, *files, *self._weight_files, *self._tokenizer_files),
+            (self._dir.stats,),
+            lambda: calibrate(self._checkpoint, self._sites, self._options, self._dir.stats, self._progress),
+        )
+
+    def _policy(self) -> None:
+        from fptq_export.pipeline.calibration import decide, replay
+
+        outputs = (self._dir.policy, arrays_path(self._dir.policy))
+        if self._replays:
+            source = Path(self._options.policy)
+            self._stage(
+                "policy",
+                {},
+                (source, arrays_path(source), self._dir.sites, *self._weight_files),
+                outputs,
+                lambda: replay(source, self._checkpoint, self._sites, self._dir.policy, self._progress),
+            )
+            return
+        self._stage(
+            "policy",
+            self._option_parts("v0", "v1", "group_size", "weight_method", "exclude"),
+            (self._dir.stats, self._dir.sites, *self._weight_files),
+            outputs,
+            lambda: decide(self._checkpoint, self._sites, self._options, self._dir.stats, self._dir.policy, self._progress),
+        )
+
+    def _rewrite(self) -> None:
+        from fptq_export.rewrite import RewritePaths, rewrite
+
+        paths = RewritePaths(self._dir.model, self._dir.qdq, self._dir.w4a8)
+
+        def run() -> None:
+            arrays = PolicyArrays(arrays_path(self._dir.policy))
+            rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress)
+
+        inputs = (self._dir.model, data_path(self._dir.model), self._dir.sites)
+        policy = (self._dir.policy, arrays_path(self._dir.policy))
+        self._stage("rewrite", {}, (*inputs, *policy), (self._dir.qdq, self._dir.w4a8, data_path(self._dir.w4a8)), run)
+
+    def _verify(self) -> None:
+        from fptq_export.pipeline.verification import check_gates, verify
+
+        if not self._options.verify:
+            self._runner.skip("verify")
+            return
+
+        def run() -> None:
+            write_json_model(verify(self._checkpoint, self._dir.w4a8, self._options, self._progress), self._dir.verify)
+
+        self._stage(
+            "verify",
+            {**self._option_parts("eval_windows", "eval_seq", "decode_steps"), "python": platform.python_version()},
+            (self._dir.w4a8, data_path(self._dir.w4a8), *self._weight_files, *self._tokenizer_files),
+            (self._dir.verify,),
+            run,
+        )
+        check_gates(self._dir.verify, self._options.max_ppl_increase)
+
+    def _build(self) -> None:
+        from fptq_export.pipeline.engine import build
+
+        if self._options.engine is None:
+            self._runner.skip("build")
+            return
+        engine = self._options.engine
+        library = module_name(self._target)
+        parts = self._option_parts(
+            "max_batch_size", "max_input_len", "max_kv_len", "min_shapes", "opt_shapes", "max_shapes",
+            "compute_capability", "builder_optimization_level", "mem_pool_size",
+        )
+        self._stage(
+            "build",
+            {**parts, "target": str(self._target), "library": version(library) if library else None},
+            (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy),
+            (engine, self._dir.build_log),
+            lambda: build(self._dir, engine, self._target, self._options, self._progress),
+        )
+
+    def _package(self) -> None:
+        copies = {path: self._dir.path / path.name for path in self._tokenizer_files}
+
+        def run() -> None:
+            for source, target in copies.items():
+                shutil.copyfile(source, target)
+
+        self._stage("package", {}, tuple(copies), tuple(copies.values()), run)
+        if not self._options.keep:
+            self._runner.remove_outputs("trace", (self._dir.model, data_path(self._dir.model)))
+            self._runner.remove_outputs("rewrite", (self._dir.qdq,))

@@ -1,0 +1,55 @@
+"""Names of the files in a run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["RunDirectory"]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run directory: what `-o` names."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """The traced graph in float."""
+        return self.path / "model.onnx"
+
+    @property
+    def sites(self) -> Path:
+        """Linears and fold sites of the graph."""
+        return self.path / "sites.json"
+
+    @property
+    def stats(self) -> Path:
+        """Calibration statistics."""
+        return self.path / "stats.safetensors"
+
+    @property
+    def policy(self) -> Path:
+        """The readable half of the policy."""
+        return self.path / "policy.json"
+
+    @property
+    def qdq(self) -> Path:
+        """The graph in standard Q/DQ operators; its weights are those of `w4a8`."""
+        return self.path / "model.qdq.onnx"
+
+    @property
+    def w4a8(self) -> Path:
+        """The graph with one `fptq` node for each quantized linear."""
+        return self.path / "model.w4a8.onnx"
+
+    @property
+    def verify(self) -> Path:
+        """What verification measured."""
+        return self.path / "verify.json"
+
+    @property
+    def build_log(self) -> Path:
+        """TensorRT's verbose log, which the layer check reads."""
+        return self.path / "build.log"

@@ -1,0 +1,119 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fptq_export.files import read_json_model
+from fptq_export.package.manifest import FileRecord, Manifest
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.verify.report import VerifyReport
+
+__all__ = ["print_summary"]
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+
+def print_summary(manifest: Manifest, console: Console) -> None:
+    """Print what a run produced: layers, sizes, accuracy, time and memory."""
+    for table in (_result_table(manifest), _stage_table(manifest)):
+        if table.row_count:
+            console.print(table)
+    engine = manifest.options.engine
+    console.print(f"files: {manifest.options.output}" + (f"   engine: {engine}" if "build" in manifest.stages else ""))
+
+
+def _result_table(manifest: Manifest) -> Table:
+    table = Table(title=f"{Path(manifest.options.model).name}: W4A8 by FPTQ", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for label, value in (*_policy_rows(manifest), *_size_rows(manifest), *_accuracy_rows(manifest), *_engine_rows(manifest)):
+        table.add_row(label, value)
+    return table
+
+
+def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    record = manifest.stages.get("policy")
+    if record is None:
+        return []
+    layers = record.summary["layers"]
+    rows = [
+        ("layers, INT8 static per tensor", str(layers["static"])),
+        ("layers, equalized (LAE), then static", str(layers["lae_static"])),
+        ("layers, INT8 dynamic per token", str(layers["per_token"])),
+        ("layers left in float", str(record.summary["float_layers"])),
+    ]
+    bits = record.summary["bits_per_weight"]
+    return [*rows, ("bits per quantized weight, scales included", f"{bits:.3f}")] if bits is not None else rows
+
+
+def _size_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    directory = RunDirectory(manifest.options.output)
+    full = _bytes(manifest, "trace", (directory.model.name, f"{directory.model.name}.data"))
+    small = _bytes(manifest, "rewrite", (directory.w4a8.name, f"{directory.w4a8.name}.data"))
+    engine = _bytes(manifest, "build", (_last_name(manifest.options.engine),))
+    rows = []
+    if full:
+        rows.append((f"model.onnx ({manifest.options.dtype})", f"{full / _MIB:.1f} MiB"))
+    if full and small:
+        rows.append(("model.w4a8.onnx", f"{small / _MIB:.1f} MiB ({small / full:.2f} x)"))
+    if full and engine:
+        rows.append(("engine", f"{engine / _MIB:.1f} MiB ({engine / full:.2f} x)"))
+    return rows
+
+
+def _accuracy_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    path = RunDirectory(manifest.options.output).verify
+    if "verify" not in manifest.stages or not path.is_file():
+        return []
+    report = read_json_model(path, VerifyReport)
+    before, after = report.reference_perplexity.perplexity, report.candidate_perplexity.perplexity
+    text = f"{report.windows} x {report.window_tokens} tokens of held-out text"
+    return [
+        (f"perplexity, FP32 ({text})", f"{before:.2f}"),
+        ("perplexity, W4A8 in ONNX Runtime", f"{after:.2f} ({after / before:.3f} x)"),
+        ("logits: cosine, mean", f"{report.logits.cosine_mean:.4f}"),
+        ("logits: KL(FP32 || W4A8), nats", f"{report.logits.kl_mean:.4f}"),
+        ("same top token", f"{report.logits.top1_agreement:.1%}"),
+        (f"same greedy token, {report.decode.steps} decode steps", f"{report.decode.top1_agreement:.1%}"),
+    ]
+
+
+def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    record = manifest.stages.get("build")
+    if record is None:
+        return []
+    figures = record.summary
+    return [
+        ("engine layers", str(figures["engine_layers"])),
+        ("INT4 constants in them, all matched with the policy", str(figures["int4_constants"])),
+        ("built with", f"{figures['target']} {figures['library_version']}"),
+    ]
+
+
+def _stage_table(manifest: Manifest) -> Table:
+    table = Table("stage", title="time and peak memory", title_justify="left")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak GiB", justify="right")
+    for name, record in manifest.stages.items():
+        table.add_row(name, f"{record.seconds:.1f}", f"{record.peak_memory_bytes / _GIB:.2f}")
+    if table.row_count:
+        seconds = sum(record.seconds for record in manifest.stages.values())
+        peak = max(record.peak_memory_bytes for record in manifest.stages.values())
+        table.add_section()
+        table.add_row("all", f"{seconds:.1f}", f"{peak / _GIB:.2f}")
+    return table
+
+
+def _bytes(manifest: Manifest, stage: str, names: tuple[str, ...]) -> int:
+    record = manifest.stages.get(stage)
+    outputs: tuple[FileRecord, ...] = record.outputs if record is not None else ()
+    return sum(file.bytes for file in outputs if Path(file.path).name in names)
+
+
+def _last_name(path: Path | None) -> str:
+    return path.name if path is not None else ""

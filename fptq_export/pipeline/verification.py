@@ -1,0 +1,44 @@
+"""Accuracy of a run: the torch FP32 model against the W4A8 graph in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from calib.batches import held_out_windows
+from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
+from calib.session import TorchCausalSession
+from fptq_export.files import read_json_model
+from fptq_export.options import RunOptions
+from fptq_export.progress import Progress
+from fptq_export.verify.compare import compare_sessions
+from fptq_export.verify.decode import CacheBound
+from fptq_export.verify.polygraphy_diff import diff_sessions
+from fptq_export.verify.report import VerifyReport, gate, gate_cache
+from fptq_export.verify.sessions import OnnxCausalSession
+
+__all__ = ["check_gates", "verify"]
+
+
+def verify(checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Progress) -> VerifyReport:
+    """Compare the quantized graph with the FP32 model on held-out text."""
+    windows = held_out_windows(tokenizer_from_checkpoint(checkpoint), options.eval_windows, options.eval_seq)
+    reference = TorchCausalSession(model_from_checkpoint(checkpoint, torch.float32), "torch fp32")
+    candidate = OnnxCausalSession(w4a8, threads=None, name=w4a8.name)
+    report = compare_sessions(
+        reference,
+        candidate,
+        windows,
+        options.decode_steps,
+        progress,
+        cache_bound=CacheBound(rounding="int8", layers=candidate.layers),
+    )
+    return report.model_copy(update={"polygraphy": diff_sessions(reference, candidate, windows[0])})
+
+
+def check_gates(verify_path: Path, max_ppl_increase: float | None) -> None:
+    """Raises GateError when the graph's cache is wrong or its perplexity above the limit."""
+    report = read_json_model(verify_path, VerifyReport)
+    gate_cache(report)
+    gate(report, max_ppl_increase)

@@ -1,0 +1,263 @@
+"""Causal language models that run: one call for the prompt, one a token after it."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from fptq_export.errors import Problem, UserError, UserErrors
+
+__all__ = ["CausalSession", "GraphOptimization", "OnnxCache", "OnnxCausalSession"]
+
+GraphOptimization = Literal["none", "basic", "extended", "all"]
+"""How far ONNX Runtime rewrites a graph before it runs it."""
+
+_OPTIMIZATION_LEVELS = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_DTYPE_FROM_ORT_TYPE: Mapping[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": _BFLOAT16,
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+}
+_INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
+_FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+_IDS_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
+_FATAL_ONLY = 4
+"""ONNX Runtime severity; its errors reach us as exceptions, so its own lines on stderr would say them twice."""
+
+# They share no base class but Exception.
+_ORT_ERRORS = tuple(
+    error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)
+)
+
+
+class CausalSession(Protocol):
+    """A causal language model that can be compared: graph, torch module or engine. Its cache is opaque."""
+
+    @property
+    def name(self) -> str:
+        """What reports and errors call it."""
+
+    def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
+        """Run a prompt: int64 [B, S] -> logits float32 [B, S, V], cache of S tokens."""
+
+    def decode(self, input_ids: NDArray[np.int64], cache: Any) -> tuple[NDArray[np.float32], Any]:
+        """Run one more token: int64 [B, 1], cache -> logits float32 [B, 1, V], cache with that token."""
+
+
+@dataclass(frozen=True)
+class OnnxCache:
+    """Keys and values as ONNX Runtime returned them, by the name of the input they go back into."""
+
+    values: Mapping[str, Any]
+    """`past_key_values.N.key` -> OrtValue [B, H, length, D], in the dtype of the graph; not copied."""
+    length: int
+    """Tokens in the cache."""
+
+
+@dataclass(frozen=True)
+class _PastInput:
+    dtype: np.dtype[Any]
+    heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class _Signature:
+    ids: Mapping[str, np.dtype[Any]]
+    past: Mapping[str, _PastInput]
+    past_from_present: Mapping[str, str]
+
+
+class OnnxCausalSession:
+    """ONNX Runtime (CPU) on a causal language model with a KV cache.
+
+    Inputs of the graph: `input_ids` [B, S], `attention_mask` [B, past+S], `position_ids` [B, S] and, for each layer N,
+    `past_key_values.N.key` and `.value` [B, H, past, D], where past may be 0. Outputs: `logits` [B, S, V] and
+    `present.N.key` and `.value`. Dtypes, heads and head sizes are those of the graph; weights may be external data.
+
+    Args:
+        path: The ONNX file.
+        threads: Threads inside an operator; None lets ONNX Runtime take every core.
+        name: What reports call it; the file name by default.
+        optimization: Graph optimization level. `all` is what a user of ONNX Runtime gets, and by far the fastest on
+            FP16 graphs: there it unfolds the weights to FP32 once, and not on every call.
+
+    Raises:
+        UserError: The file is missing, is not a graph ONNX Runtime can run, or its inputs and outputs are not those
+            above; all that is missing is listed.
+    """
+
+    def __init__(
+        self, path: Path, *, threads: int | None, name: str | None = None, optimization: GraphOptimization = "all"
+    ) -> None:
+        self.name = path.name if name is None else name
+        self._path = path
+        self._session = _session_from_path(path, threads, optimization)
+        self._signature = _signature_from_session(path, self._session)
+        self._outputs = ["logits", *self._signature.past_from_present]
+
+    @property
+    def layers(self) -> int:
+        """Layers that have a KV cache."""
+        return len(self._signature.past) // 2
+
+    def prefill_feed(self, input_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Every input of the graph for a prompt without padding, in the graph's dtypes; the past has length 0."""
+        batch = input_ids.shape[0]
+        feed = self._ids_feed(input_ids, past_length=0)
+        for name, past in self._signature.past.items():
+            feed[name] = np.zeros((batch, past.heads, 0, past.head_size), past.dtype)
+        return feed
+
+    def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], OnnxCache]:
+        """Run a prompt without padding: [B, S] -> logits [B, S, V], cache of S tokens.
+
+        Raises:
+            UserError: ONNX Runtime cannot run the graph on these tokens.
+        """
+        feed = {name: _ort_value_from_array(array) for name, array in self.prefill_feed(input_ids).items()}
+        return self._run(feed, input_ids.shape[1])
+
+    def decode(self, input_ids: NDArray[np.int64], cache: OnnxCache) -> tuple[NDArray[np.float32], OnnxCache]:
+        """Run the next token(s): [B, S], cache -> logits [B, S, V], a new cache; the given one stays as it is.
+
+        Raises:
+            UserError: ONNX Runtime cannot run the graph on these tokens.
+        """
+        ids_feed = self._ids_feed(input_ids, cache.length)
+        feed = {name: _ort_value_from_array(array) for name, array in ids_feed.items()}
+        return self._run({**feed, **cache.values}, cache.length + input_ids.shape[1])
+
+    def _ids_feed(self, input_ids: NDArray[np.int64], past_length: int) -> dict[str, NDArray[Any]]:
+        batch, length = input_ids.shape
+        positions = np.broadcast_to(np.arange(past_length, past_length + length), (batch, length))
+        arrays = {
+            "input_ids": input_ids,
+            "attention_mask": np.ones((batch, past_length + length)),
+            "position_ids": positions,
+        }
+        return {name: np.ascontiguousarray(array, self._signature.ids[name]) for name, array in arrays.items()}
+
+    def _run(self, feed: Mapping[str, Any], length: int) -> tuple[NDArray[np.float32], OnnxCache]:
+        try:
+            logits, *presents = self._session.run_with_ort_values(self._outputs, feed)
+        except _ORT_ERRORS as error:
+            raise UserError(
+                str(self._path),
+                f"ONNX Runtime cannot run it ({_first_line(error)})",
+                "check that the tokens come from this model's tokenizer, and export the model again",
+            ) from error
+        past_names = self._signature.past_from_present.values()
+        return _float32_from_ort_value(logits), OnnxCache(dict(zip(past_names, presents, strict=True)), length)
+
+
+def _session_from_path(path: Path, threads: int | None, optimization: GraphOptimization) -> Any:
+    if not path.is_file():
+        raise UserError(str(path), "no such file", "run the stage that writes it first")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = _OPTIMIZATION_LEVELS[optimization]
+    options.log_severity_level = _FATAL_ONLY
+    # Idle threads that spin take the cores from whatever runs next to them: here, the other session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except ort_errors.NotImplemented as error:
+        raise UserError(
+            str(path),
+            f"ONNX Runtime has no CPU kernel for an operator of this graph ({_first_line(error)})",
+            "BF16 graphs are the usual case: verify an FP16 or FP32 export of the same model",
+        ) from error
+    except _ORT_ERRORS as error:
+        raise UserError(
+            str(path),
+            f"ONNX Runtime cannot open it ({_first_line(error)})",
+            "see that the weights file lies beside it whole, or export the model again",
+        ) from error
+
+
+def _signature_from_session(path: Path, session: Any) -> _Signature:
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value for value in session.get_outputs()}
+    cached = {match.groups() for name in inputs if (match := _PAST.fullmatch(name))}
+    cached |= {match.groups() for name in outputs if (match := _PRESENT.fullmatch(name))}
+    keys = sorted(cached or {("0", "key"), ("0", "value")}, key=lambda key: (int(key[0]), key[1]))
+    layers = dict.fromkeys(layer for layer, _ in keys)
+    pairs = {
+        f"present.{layer}.{kind}": f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")
+    }
+    problems = [
+        *_type_problems("input", _IDS_INPUTS, inputs, _INTEGER_TYPES),
+        *_type_problems("input", pairs.values(), inputs, _FLOAT_TYPES),
+        *_shape_problems(pairs.values(), inputs),
+        *_type_problems("output", ("logits", *pairs), outputs, _FLOAT_TYPES),
+        *(Problem(name, "input that nothing fills") for name in inputs.keys() - {*_IDS_INPUTS, *pairs.values()}),
+    ]
+    if problems:
+        hint = "export it as a causal language model with a KV cache: fptq-export trace does"
+        raise UserErrors(str(path), problems, hint)
+    past = {
+        name: _PastInput(_DTYPE_FROM_ORT_TYPE[inputs[name].type], inputs[name].shape[1], inputs[name].shape[3])
+        for name in pairs.values()
+    }
+    return _Signature({name: _DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in _IDS_INPUTS}, past, pairs)
+
+
+def _type_problems(kind: str, names: Any, found: Mapping[str, Any], types: tuple[str, ...]) -> list[Problem]:
+    missing = [Problem(name, f"missing {kind}") for name in names if name not in found]
+    wrong = [
+        Problem(name, f"{kind} is {found[name].type}, not {' or '.join(types)}")
+        for name in names
+        if name in found and found[name].type not in types
+    ]
+    return [*missing, *wrong]
+
+
+def _shape_problems(names: Any, inputs: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    for name in names:
+        shape = inputs[name].shape if name in inputs else [None, 1, None, 1]
+        if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+            problems.append(
+                Problem(name, f"shape {shape} is not [batch, heads, past, head size], the 2nd and 4th fixed")
+            )
+    return problems
+
+
+def _ort_value_from_array(array: NDArray[Any]) -> Any:
+    if array.dtype == _BFLOAT16:  # NumPy has no such type, so ONNX Runtime takes the bits
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _float32_from_ort_value(value: Any) -> NDArray[np.float32]:
+    """Copy once, straight from the memory of ONNX Runtime: OrtValue.numpy() copies before a cast could."""
+    memory = (ctypes.c_byte * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+    array = np.frombuffer(memory, dtype=_DTYPE_FROM_ORT_TYPE[value.data_type()])
+    return array.reshape(value.shape()).astype(np.float32)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
