@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partialmethod
 from unittest.mock import patch
 
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 __all__ = ["quiet_transformers"]

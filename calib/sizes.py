@@ -41,7 +41,9 @@ def sizes_from_model(model: str, exclude: Sequence[str], progress: Progress, *, 
     path = Path(model)
     if path.suffix == ".gguf":
         return _sizes_from_gguf(path)
-    directory = path if path.is_dir() else directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
+    directory = (
+        path if path.is_dir() else directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
+    )
     checkpoint = checkpoint_from_directory(directory, path.name, trust_remote_code=trust_remote_code)
     rules = [re.compile(pattern) for pattern in exclude]
     linears = linears_from_model(skeleton_from_checkpoint(checkpoint))
@@ -57,5 +59,7 @@ def _sizes_from_gguf(path: Path) -> ModelSizes:
         raise UserError(str(path), f"not a readable GGUF file ({error})", "download it again") from error
     counts = {tensor.name: int(tensor.n_elements) for tensor in tensors}
     matrices = {tensor.name for tensor in tensors if len(tensor.shape) > 1}
-    quantized = (count for name, count in counts.items() if name in matrices and not name.startswith(_GGUF_FLOAT_TENSORS))
+    quantized = (
+        count for name, count in counts.items() if name in matrices and not name.startswith(_GGUF_FLOAT_TENSORS)
+    )
     return ModelSizes(sum(counts.values()), sum(quantized))

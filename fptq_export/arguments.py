@@ -105,7 +105,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument(
-        "--calib-dataset", metavar="DATA", help="builtin, random, a .txt, .jsonl or .npz file, or a datasets id [builtin]"
+        "--calib-dataset",
+        metavar="DATA",
+        help="builtin, random, a .txt, .jsonl or .npz file, or a datasets id [builtin]",
     )
     group.add_argument("--calib-size", type=int, metavar="N", help="samples [64]")
     group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
@@ -115,10 +117,16 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy")
-    group.add_argument("--policy", metavar="RULE|FILE", help="paper, or a policy.json to replay without calibration [paper]")
-    group.add_argument("--v0", type=float, metavar="X", help="inputs up to this magnitude stay as they are, static [15]")
+    group.add_argument(
+        "--policy", metavar="RULE|FILE", help="paper, or a policy.json to replay without calibration [paper]"
+    )
+    group.add_argument(
+        "--v0", type=float, metavar="X", help="inputs up to this magnitude stay as they are, static [15]"
+    )
     group.add_argument("--v1", type=float, metavar="X", help="inputs from this magnitude on are per-token [150]")
-    group.add_argument("--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]")
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
+    )
     group.add_argument("--weight-method", metavar="NAME", help="rtn or mse [rtn]")
     group.add_argument(
         "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
@@ -144,7 +152,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-input-len", type=int, metavar="TOKENS", help="new tokens in one call [1024]")
     group.add_argument("--max-kv-len", type=int, metavar="TOKENS", help="tokens in the cache before a call [2048]")
     for name in ("min", "opt", "max"):
-        group.add_argument(f"--{name}-shapes", metavar="SHAPES", help="trtexec's --minShapes: input_ids:1x1,..." )
+        group.add_argument(f"--{name}-shapes", metavar="SHAPES", help="trtexec's --minShapes: input_ids:1x1,...")
     group.add_argument("--compute-capability", nargs="+", metavar="CC", help="GPUs of an RTX engine [8.0 8.6 8.9 12.0]")
     group.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 to 5 [3]")
     group.add_argument("--mem-pool-size", metavar="POOLS", help="trtexec's --memPoolSize: workspace:8G")
@@ -186,6 +194,8 @@ def _options_of_earlier_run(verb: str, values: Mapping[str, Any]) -> dict[str, A
         raise UserError("DIR", "is missing", f"fptq-export {verb} DIR, with the directory of an earlier run")
     manifest = read_manifest(Path(values["output"]))
     if manifest is None:
-        raise UserError(str(values["output"]), "is not a run directory (no manifest.json)", "run fptq-export MODEL -o there")
+        raise UserError(
+            str(values["output"]), "is not a run directory (no manifest.json)", "run fptq-export MODEL -o there"
+        )
     earlier = manifest.options.model_dump()
     return {**earlier, "output": values["output"]}

@@ -31,7 +31,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Our option -> what Model Optimizer, Edge-LLM, TensorRT-LLM, trtexec, Polygraphy and AutoRound call it."""
 
-_VALUE_ALIASES = {"--dtype": {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}}
+_VALUE_ALIASES = {
+    "--dtype": {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
+}
 
 
 def canonical_arguments(arguments: Sequence[str], known: Iterable[str]) -> list[str]:

@@ -22,6 +22,8 @@ from fptq_export.build.tensorrt import tensorrt_for_target
 from fptq_export.errors import UserError
 from fptq_export.files import user_error_from_os_error
 
+__all__ = ["configured", "main"]
+
 _REPORT_SECONDS = 0.1
 """Least time between two progress events, so that thousands of steps do not flood the pipe."""
 
@@ -66,7 +68,7 @@ def _build(job: Job, events: BinaryIO) -> Built:
     trt = tensorrt_for_target(job.target)
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    config = _configured(trt, builder, job)
+    config = configured(trt, builder, job)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
@@ -84,7 +86,7 @@ def _build(job: Job, events: BinaryIO) -> Built:
     return Built(job.engine_path.stat().st_size, str(trt.__version__), _peak_memory_bytes())
 
 
-def _configured(trt: Any, builder: Any, job: Job) -> Any:
+def configured(trt: Any, builder: Any, job: Job) -> Any:
     """Builder configuration of a job. Raises UserError for what this version of the library does not know."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

@@ -16,7 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from fptq_export.files import read_json_model, sha256_from_file, write_json_model
 from fptq_export.options import RunOptions
 
-__all__ = ["FileRecord", "Manifest", "StageRecord", "key_from_parts", "read_manifest", "record_from_file", "write_manifest"]
+__all__ = [
+    "FileRecord",
+    "Manifest",
+    "StageRecord",
+    "key_from_parts",
+    "read_manifest",
+    "record_from_file",
+    "write_manifest",
+]
 
 MANIFEST_FILE = "manifest.json"
 

@@ -69,7 +69,9 @@ def replay(source: Path, checkpoint: Checkpoint, sites: Sites, policy_path: Path
 def summary_from_policy(policy: Policy) -> dict[str, Any]:
     """Layers of each tier, and bits a weight averaged over the quantized weights (group scales included)."""
     quantized = list(policy.quantized().values())
-    tiers = {tier: sum(layer.activation == tier for layer in quantized) for tier in ("static", "lae_static", "per_token")}
+    tiers = {
+        tier: sum(layer.activation == tier for layer in quantized) for tier in ("static", "lae_static", "per_token")
+    }
     weights = [layer.in_features * layer.out_features for layer in quantized]
     bits = sum((layer.bits_per_weight or 0.0) * count for layer, count in zip(quantized, weights, strict=True))
     return {

@@ -22,11 +22,11 @@ _MIB = 1 << 20
 
 def print_plan(verb: str, options: RunOptions, console: Console) -> None:
     """Print the stages of a verb with the files each would write; writes nothing itself."""
-    sizes = sizes_from_model(
-        options.model, options.exclude, NoProgress(), trust_remote_code=options.trust_remote_code
-    )
+    sizes = sizes_from_model(options.model, options.exclude, NoProgress(), trust_remote_code=options.trust_remote_code)
     target = target_from_option(options.target)
-    table = Table("stage", "writes", title=f"{options.model}: {sizes.parameters / 1e6:,.1f} M weights", title_justify="left")
+    table = Table(
+        "stage", "writes", title=f"{options.model}: {sizes.parameters / 1e6:,.1f} M weights", title_justify="left"
+    )
     table.add_column("about", justify="right")
     expected = estimated_sizes(sizes, options)
     for stage in VERBS[verb]:
@@ -35,7 +35,9 @@ def print_plan(verb: str, options: RunOptions, console: Console) -> None:
         name, size = expected[stage]
         table.add_row(stage, name, f"{size / _MIB:,.0f} MiB" if size else "")
     console.print(table)
-    console.print(f"{sizes.quantized / 1e6:,.1f} M weights become INT4 (group size {options.group_size} where it divides)")
+    console.print(
+        f"{sizes.quantized / 1e6:,.1f} M weights become INT4 (group size {options.group_size} where it divides)"
+    )
     console.print(f"peak memory: about {peak_memory_bytes(sizes) / (1 << 30):.1f} GiB; target: {target}")
 
 

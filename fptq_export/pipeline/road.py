@@ -1,6 +1,6 @@
 """The one-way road, and the only module that knows its order.
 
-    load -> trace -> calibrate -> policy -> rewrite -> verify -> build -> package
+load -> trace -> calibrate -> policy -> rewrite -> verify -> build -> package
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,13 @@ VERBS: Mapping[str, tuple[str, ...]] = {
 _GRAPH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx")
 _TOKENIZER_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
 )
 
 
@@ -106,13 +112,9 @@ def _manifest(options: RunOptions, command: str) -> Manifest:
 
 
 def _library_versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Versions of the libraries that take part, by module; their distributions have other names (`tensorrt-rtx-cu13`)."""
+    distributions = packages_distributions()
+    return {name: version(distributions[name][0]) for name in _LIBRARIES if name in distributions}
 
 
 class _Road:
@@ -176,7 +178,11 @@ class _Road:
         return read_sites(self._dir.sites)
 
     def _stage(
-        self, name: str, parts: Mapping[str, Any], inputs: tuple[Path, ...], outputs: tuple[Path, ...],
+        self,
+        name: str,
+        parts: Mapping[str, Any],
+        inputs: tuple[Path, ...],
+        outputs: tuple[Path, ...],
         run: Callable[[], Mapping[str, Any] | None],
     ) -> None:
         edited = (self._dir.policy, "--policy") if name == "policy" and not self._replays else None
@@ -214,8 +220,10 @@ class _Road:
                 trust_remote_code=self._options.trust_remote_code,
             )
 
-        parts = {**self._option_parts("dtype"), "torch": version("torch"), "transformers": version("transformers")}
-        self._stage("trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run)
+        parts = {**self._option_parts("dtype"), "libraries": [_library_versions()[name] for name in ("torch", "transformers")]}
+        self._stage(
+            "trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run
+        )
 
     def _calibrate(self) -> None:
         from fptq_export.pipeline.calibration import calibrate
@@ -253,7 +261,9 @@ class _Road:
             self._option_parts("v0", "v1", "group_size", "weight_method", "exclude"),
             (self._dir.stats, self._dir.sites, *self._weight_files),
             outputs,
-            lambda: decide(self._checkpoint, self._sites, self._options, self._dir.stats, self._dir.policy, self._progress),
+            lambda: decide(
+                self._checkpoint, self._sites, self._options, self._dir.stats, self._dir.policy, self._progress
+            ),
         )
 
     def _rewrite(self) -> None:
@@ -297,12 +307,19 @@ class _Road:
         engine = self._options.engine
         library = module_name(self._target)
         parts = self._option_parts(
-            "max_batch_size", "max_input_len", "max_kv_len", "min_shapes", "opt_shapes", "max_shapes",
-            "compute_capability", "builder_optimization_level", "mem_pool_size",
+            "max_batch_size",
+            "max_input_len",
+            "max_kv_len",
+            "min_shapes",
+            "opt_shapes",
+            "max_shapes",
+            "compute_capability",
+            "builder_optimization_level",
+            "mem_pool_size",
         )
         self._stage(
             "build",
-            {**parts, "target": str(self._target), "library": version(library) if library else None},
+            {**parts, "target": str(self._target), "library": _library_versions().get(library or "")},
             (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy),
             (engine, self._dir.build_log),
             lambda: build(self._dir, engine, self._target, self._options, self._progress),

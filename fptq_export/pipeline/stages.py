@@ -73,8 +73,8 @@ class StageRunner:
         inputs = tuple(self._input_record(stage, path) for path in stage.inputs)
         key = self._key(stage, inputs)
         known = self.manifest.stages.get(stage.name)
-        if known is not None and known.key == key:
-            if self._intact(known):
+        if known is not None:
+            if known.key == key and self._intact(known):
                 self._console.print(f"{stage.name}: up to date", style="dim")
                 return known
             self._refuse_to_overwrite_an_edit(stage, known)
@@ -89,7 +89,9 @@ class StageRunner:
         """Remove files of a finished stage; the manifest says that this was on purpose."""
         names = {relative_name(path, self._directory) for path in paths}
         record = self.manifest.stages[name]
-        outputs = tuple(file.model_copy(update={"removed": True}) if file.path in names else file for file in record.outputs)
+        outputs = tuple(
+            file.model_copy(update={"removed": True}) if file.path in names else file for file in record.outputs
+        )
         self._save({**self.manifest.stages, name: record.model_copy(update={"outputs": outputs})})
         for path in paths:
             path.unlink(missing_ok=True)
@@ -106,7 +108,9 @@ class StageRunner:
         if not path.exists():
             if written is not None and written.removed:
                 return written
-            raise UserError(str(path), f"{stage.name} needs this file and it is missing", "run the stage that writes it")
+            raise UserError(
+                str(path), f"{stage.name} needs this file and it is missing", "run the stage that writes it"
+            )
         known = self.manifest.stages.get(stage.name)
         earlier = next((file for file in known.inputs if file.path == name), None) if known else None
         return record_from_file(path, self._directory, written or earlier)
@@ -164,7 +168,9 @@ class StageRunner:
         for path in stage.inputs:
             if not path.exists():
                 producer = self._producers[path]
-                self._execute(producer, self.manifest.stages[producer.name].inputs, self.manifest.stages[producer.name].key)
+                self._execute(
+                    producer, self.manifest.stages[producer.name].inputs, self.manifest.stages[producer.name].key
+                )
 
     def _save(self, stages: Mapping[str, StageRecord]) -> None:
         self.manifest = self.manifest.model_copy(update={"stages": dict(stages)})

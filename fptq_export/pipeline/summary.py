@@ -31,7 +31,12 @@ def _result_table(manifest: Manifest) -> Table:
     table = Table(title=f"{Path(manifest.options.model).name}: W4A8 by FPTQ", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
-    for label, value in (*_policy_rows(manifest), *_size_rows(manifest), *_accuracy_rows(manifest), *_engine_rows(manifest)):
+    for label, value in (
+        *_policy_rows(manifest),
+        *_size_rows(manifest),
+        *_accuracy_rows(manifest),
+        *_engine_rows(manifest),
+    ):
         table.add_row(label, value)
     return table
 

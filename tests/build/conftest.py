@@ -40,20 +40,24 @@ class Tape:
     initializers: list[onnx.TensorProto] = field(default_factory=list)
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def constant(self, name: str, array: NDArray[Any]) -> str:
-        self.initializers.append(numpy_helper.from_array(array, name))
+    def constant(self, name: str, array: NDArray[Any] | np.generic) -> str:
+        """Add an initializer."""
+        self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
     def int4(self, name: str, shape: tuple[int, int]) -> str:
+        """Add random INT4 codes."""
         packed = self.random.integers(0, 256, np.prod(shape) // 2, dtype=np.uint8)
         self.initializers.append(helper.make_tensor(name, TensorProto.INT4, shape, packed.tobytes(), raw=True))
         return name
 
     def op(self, op_type: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """Add a node and return its output."""
         self.nodes.append(helper.make_node(op_type, inputs, [f"{name}.output"], name=name, **attributes))
         return f"{name}.output"
 
     def static_qdq(self, x: str, path: str) -> str:
+        """INT8 per tensor, in float32."""
         scale = self.constant(f"{path}.activation_scale", np.float32(0.05))
         zero = self.constant(f"{path}.zero_point", np.int8(0))
         wide = self.op("Cast", [x], f"{path}/Cast", to=TensorProto.FLOAT)
@@ -61,6 +65,7 @@ class Tape:
         return self.op("DequantizeLinear", [codes, scale, zero], f"{path}/DequantizeLinear")
 
     def per_token_qdq(self, x: str, path: str) -> str:
+        """INT8 with one scale a token, in float32."""
         wide = self.op("Cast", [x], f"{path}/Cast", to=TensorProto.FLOAT)
         axes = self.constant(f"{path}.axes", np.array([-1], np.int64))
         peak = self.op("ReduceMax", [self.op("Abs", [wide], f"{path}/Abs"), axes], f"{path}/ReduceMax")
@@ -84,11 +89,14 @@ class Tape:
         return self.op("MatMul", [quantized, weight], f"{path}/MatMul")
 
     def rms_norm(self, x: str, path: str, channels: int) -> str:
+        """RMSNorm computed in float32."""
         wide = self.op("Cast", [x], f"{path}/Cast", to=TensorProto.FLOAT)
         axes = self.constant(f"{path}.axes", np.array([-1], np.int64))
         mean = self.op("ReduceMean", [self.op("Mul", [wide, wide], f"{path}/Mul"), axes], f"{path}/ReduceMean")
         root = self.op("Sqrt", [mean], f"{path}/Sqrt")
-        narrow = self.op("Cast", [self.op("Div", [wide, root], f"{path}/Div")], f"{path}/Cast_1", to=TensorProto.FLOAT16)
+        narrow = self.op(
+            "Cast", [self.op("Div", [wide, root], f"{path}/Div")], f"{path}/Cast_1", to=TensorProto.FLOAT16
+        )
         return self.op("Mul", [narrow, self.constant(f"{path}.weight", np.ones(channels, np.float16))], f"{path}/Mul_1")
 
 
@@ -139,12 +147,15 @@ class Recorder:
 
     @contextmanager
     def task(self, description: str, total: float | None, unit: str = "") -> Iterator[Task]:
+        """Open a task."""
         yield self
 
     def advance(self, amount: float = 1.0) -> None:
+        """Not used by the build."""
         raise AssertionError("the build sets what is done, it does not add to it")
 
     def update(self, completed: float, total: float | None = None) -> None:
+        """Remember what is done."""
         self.seen.append(completed)
         self.on_update()
 
@@ -184,7 +195,7 @@ def make_request(tmp_path: Path) -> Callable[..., BuildRequest]:
         recipe = recipe or Recipe()
         graph = write_graph(recipe, tmp_path)
         low, best, high = (
-            tuple(dim if isinstance(dim, int) else size for dim in recipe.dims) + (CHANNELS,) for size in (1, 4, 8)
+            (*(dim if isinstance(dim, int) else size for dim in recipe.dims), CHANNELS) for size in (1, 4, 8)
         )
         dynamic = any(isinstance(dim, str) for dim in recipe.dims)
         fields: dict[str, Any] = {

@@ -44,8 +44,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
         vocab_size=VOCABULARY,
         max_position_embeddings=128,
         initializer_range=0.2,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     directory = tmp_path_factory.mktemp("tiny-llama-onnx")
@@ -79,7 +79,9 @@ def _export(model: Any, path: Path) -> Path:
     batch, length, past = 2, 3, 5
     config = model.config
     cache = [
-        tuple(torch.zeros(batch, config.num_key_value_heads, past, config.head_dim, dtype=model.dtype) for _ in range(2))
+        tuple(
+            torch.zeros(batch, config.num_key_value_heads, past, config.head_dim, dtype=model.dtype) for _ in range(2)
+        )
         for _ in range(config.num_hidden_layers)
     ]
     # Two tensors: torch.export takes one tensor in two places for one input.
@@ -124,6 +126,7 @@ class ToySession:
     """Whether decode loses the cache, the defect that a broken graph has."""
 
     def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
+        """[B, S] -> logits [B, S, V], cache."""
         rows = self.context[input_ids]
         sums = np.cumsum(rows, axis=1)
         counts = np.arange(1, input_ids.shape[1] + 1)[None, :, None]
@@ -131,6 +134,7 @@ class ToySession:
         return logits.astype(np.float32), (sums[:, -1], input_ids.shape[1])
 
     def decode(self, input_ids: NDArray[np.int64], cache: Any) -> tuple[NDArray[np.float32], Any]:
+        """[B, 1], cache -> logits [B, 1, V], cache."""
         total, count = (np.zeros_like(cache[0]), 0) if self.forgets else cache
         total = total + self.context[input_ids[:, 0]]
         logits = self.own[input_ids[:, 0]] + total / (count + 1)

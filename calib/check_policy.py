@@ -1,0 +1,135 @@
+"""Everything that can be wrong with an edited policy, each with its JSON path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.equalize import closed_form_scale
+from fptq_export.errors import Problem
+from fptq_export.files import json_path_from_location
+from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy
+from fptq_export.sites import FoldSite, Linear, Sites
+
+__all__ = ["policy_problems"]
+
+_FLOAT_LAYER_FIELDS = ("activation", "activation_scale", "group_size", "weight_method")
+_W4A8_FIELDS = ("activation", "group_size", "weight_method")
+
+
+def policy_problems(policy: Policy, sites: Sites, maxima: Mapping[str, NDArray[np.float32]]) -> Iterator[Problem]:
+    """List what stands between a policy and a model that runs it.
+
+    Args:
+        policy: As read from the file.
+        sites: Linears and fold sites of the traced graph.
+        maxima: Linear path -> stored channel maxima, float32 [in].
+
+    Yields:
+        One problem for each wrong entry; nothing if the policy can be replayed.
+    """
+    linears = {linear.path: linear for linear in sites.linears}
+    unmatched = {linear.path: linear for linear in sites.unmatched}
+    for path in (*linears, *unmatched):
+        if path not in policy.layers:
+            yield _problem(path, "", "missing; every linear of the model has an entry")
+    for path, layer in policy.layers.items():
+        if path in unmatched:
+            if layer.precision == "w4a8":
+                yield _problem(path, "precision", f"this layer cannot be quantized ({unmatched[path].reason})")
+        elif path not in linears:
+            yield _problem(path, "", "the traced model has no such linear")
+        else:
+            yield from _layer_problems(layer, linears[path], maxima)
+    for site in sites.fold_sites:
+        yield from _shared_input_problems(site, policy)
+    if not policy.quantized():
+        yield Problem("$.layers", "no layer is w4a8: there is nothing to quantize")
+
+
+def _problem(path: str, field: str, message: str) -> Problem:
+    return Problem(json_path_from_location(("layers", path, field) if field else ("layers", path)), message)
+
+
+def _layer_problems(layer: LayerPolicy, linear: Linear, maxima: Mapping[str, NDArray[np.float32]]) -> Iterator[Problem]:
+    for field in ("in_features", "out_features", "site"):
+        given, traced = getattr(layer, field), getattr(linear, field)
+        if given != traced:
+            yield _problem(linear.path, field, f"is {given}, but the traced model has {traced}")
+    if layer.precision == "float":
+        for field in _FLOAT_LAYER_FIELDS:
+            if getattr(layer, field) is not None:
+                yield _problem(linear.path, field, "a float layer has none: set it to null")
+        return
+    if linear.path not in maxima:
+        yield _problem(linear.path, "precision", "its input was not measured: calibrate again without excluding it")
+        return
+    for field in _W4A8_FIELDS:
+        if getattr(layer, field) is None:
+            yield _problem(linear.path, field, "a w4a8 layer needs one")
+    yield from _group_size_problems(layer, linear)
+    yield from _activation_problems(layer, linear, float(maxima[linear.path].max()))
+
+
+def _group_size_problems(layer: LayerPolicy, linear: Linear) -> Iterator[Problem]:
+    size = layer.group_size
+    if size is None:
+        return
+    if size not in GROUP_SIZES:
+        yield _problem(linear.path, "group_size", f"{size} is not supported; choose one of {_listed(GROUP_SIZES)}")
+    elif linear.in_features % size:
+        cause = f"group_size must divide in_features ({size} does not divide {linear.in_features})"
+        yield _problem(linear.path, "group_size", cause)
+
+
+def _activation_problems(layer: LayerPolicy, linear: Linear, measured: float) -> Iterator[Problem]:
+    if layer.activation == "lae_static" and linear.site is None:
+        yield _problem(
+            linear.path,
+            "activation",
+            f"lae_static needs an exact fold site, and there is none ({linear.no_site_reason})",
+        )
+    if layer.input_absmax is not None and layer.input_absmax != measured:
+        yield _problem(
+            linear.path, "input_absmax", f"is {layer.input_absmax}, but {measured} was measured; it is not for editing"
+        )
+    if layer.activation_scale is not None and layer.activation is not None:
+        yield from _scale_problems(layer, linear, layer.activation_scale, measured)
+
+
+def _scale_problems(layer: LayerPolicy, linear: Linear, scale: float, measured: float) -> Iterator[Problem]:
+    if layer.activation == "per_token":
+        yield _problem(linear.path, "activation_scale", "per_token computes its scales at run time: set it to null")
+        return
+    if not np.finfo(np.float32).tiny <= scale <= np.finfo(np.float32).max:
+        yield _problem(linear.path, "activation_scale", f"{scale} is not a normal float32")
+        return
+    equalized = layer.activation == "lae_static"
+    own, other = (closed_form_scale(measured, equalized=tier) for tier in (equalized, not equalized))
+    if scale == other != own:
+        tier = "static" if equalized else "lae_static"
+        yield _problem(
+            linear.path, "activation_scale", f"is the scale of {tier}, left over from before the edit: set it to null"
+        )
+
+
+def _shared_input_problems(site: FoldSite, policy: Policy) -> Iterator[Problem]:
+    """A fold changes the tensor that all consumers read, so they are equalized together or not at all."""
+    quantized = policy.quantized()
+    tiers = {path: quantized[path].activation for path in site.consumers if path in quantized}
+    equalized = [path for path, activation in tiers.items() if activation == "lae_static"]
+    if not equalized:
+        return
+    for path, activation in tiers.items():
+        if activation != "lae_static":
+            yield _problem(
+                path,
+                "activation",
+                f"is {activation}, but {_listed(equalized)} reads the same tensor as lae_static: use one tier for all",
+            )
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

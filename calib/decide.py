@@ -1,0 +1,158 @@
+"""From measured ranges to a policy: the FPTQ rule for every linear, then its INT4 codes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from calib.equalize import closed_form_scale
+from calib.load import Checkpoint
+from calib.observe import Stats
+from calib.policy_arrays import policy_arrays
+from calib.replay import replay_policy
+from calib.rule import tier_from_absmax
+from fptq_export.errors import UserError
+from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy, Rule, WeightMethod, group_size_for
+from fptq_export.progress import Progress
+from fptq_export.sites import Linear, Sites
+
+__all__ = ["DEFAULT_EXCLUDE", "PolicyOptions", "decide_policy", "excluded_paths", "replay_policy"]
+
+DEFAULT_EXCLUDE = ("lm_head",)
+"""The head stays float: it is a large part of the accuracy and a small part of the work."""
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """How the rule is applied.
+
+    Raises:
+        UserError: A threshold or the group size makes no sense.
+    """
+
+    v0: float = 15.0
+    v1: float = 150.0
+    group_size: int = GROUP_SIZES[0]
+    weight_method: WeightMethod = "rtn"
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    """Regular expressions, searched for in torch paths."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.v0 <= self.v1:
+            raise UserError(
+                "--v0, --v1", f"need 0 <= v0 <= v1, got {self.v0:g} and {self.v1:g}", "the paper: 15 and 150"
+            )
+        if self.group_size not in GROUP_SIZES:
+            supported = ", ".join(map(str, GROUP_SIZES))
+            raise UserError("--group-size", f"{self.group_size} is not supported", f"choose one of {supported}")
+
+
+def decide_policy(
+    sites: Sites, stats: Stats, checkpoint: Checkpoint, options: PolicyOptions, progress: Progress
+) -> tuple[Policy, dict[str, NDArray[Any]]]:
+    """Apply the FPTQ rule to every linear and quantize the weights.
+
+    Args:
+        sites: Linears and fold sites of the traced graph.
+        stats: Covers every linear that is not excluded.
+        checkpoint: Read weight by weight.
+        options: Thresholds, group size, weight method, exclusions.
+        progress: Reports layers.
+
+    Returns:
+        The policy and its arrays, for `write_policy`.
+
+    Raises:
+        UserError: A pattern is no regular expression or matches nothing, no layer can be quantized, the statistics miss
+            a layer, or a weight cannot be quantized.
+    """
+    rule = Rule(v0=options.v0, v1=options.v1)
+    excluded = excluded_paths([linear.path for linear in sites.linears], options.exclude)
+    layers = {
+        linear.path: _float_layer(linear, f"excluded by {excluded[linear.path]!r}: keeps the float precision")
+        if linear.path in excluded
+        else _layer_policy(linear, _site_absmax(linear, sites, stats, excluded), rule, options)
+        for linear in sites.linears
+    }
+    layers.update({
+        linear.path: LayerPolicy(
+            precision="float", activation=None, reason=linear.reason,
+            in_features=linear.in_features, out_features=linear.out_features,
+        )
+        for linear in sites.unmatched
+    })  # fmt: skip
+    policy = Policy(model=checkpoint.name, rule=rule, layers=layers)
+    if not policy.quantized():
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers.values()))
+        raise UserError(
+            checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
+        )
+    return policy, policy_arrays(policy, sites, stats.channel_absmax, checkpoint, progress)
+
+
+def excluded_paths(paths: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
+    """Path -> the pattern that excludes it.
+
+    Raises:
+        UserError: A pattern is not a regular expression, or matches no path (unless it is a default).
+    """
+    excluded: dict[str, str] = {}
+    for pattern in patterns:
+        try:
+            matcher = re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"--exclude {pattern!r}", f"not a regular expression ({error})", "mend the pattern"
+            ) from None
+        matches = [path for path in paths if matcher.search(path)]
+        if not matches and pattern not in DEFAULT_EXCLUDE:
+            hint = f"the paths look like {paths[0]}" if paths else ""
+            raise UserError(f"--exclude {pattern!r}", "matches no linear of the model", hint)
+        excluded.update({path: pattern for path in matches if path not in excluded})
+    return excluded
+
+
+def _site_absmax(linear: Linear, sites: Sites, stats: Stats, excluded: Mapping[str, str]) -> float:
+    """V of a linear; linears of one site share it, so that they share the decision."""
+    consumers = [linear.path] if linear.site is None else sites.site(linear.site).consumers
+    return max(stats.absmax(path) for path in consumers if path not in excluded)
+
+
+def _layer_policy(linear: Linear, absmax: float, rule: Rule, options: PolicyOptions) -> LayerPolicy:
+    group_size = group_size_for(linear.in_features, options.group_size)
+    if group_size is None:
+        tried = ", ".join(str(size) for size in GROUP_SIZES if size <= options.group_size)
+        return _float_layer(
+            linear, f"no group size of {tried} divides its {linear.in_features} inputs: keeps the float precision"
+        )
+    activation, reason = tier_from_absmax(absmax, rule, linear)
+    if group_size != options.group_size:
+        reason += f"; group size {group_size}, because {options.group_size} does not divide {linear.in_features}"
+    equalized = activation == "lae_static"
+    return LayerPolicy(
+        precision="w4a8",
+        activation=activation,
+        reason=reason,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        input_absmax=absmax,
+        activation_scale=None if activation == "per_token" else closed_form_scale(absmax, equalized=equalized),
+        group_size=group_size,
+        weight_method=options.weight_method,
+        site=linear.site,
+    )
+
+
+def _float_layer(linear: Linear, reason: str) -> LayerPolicy:
+    return LayerPolicy(
+        precision="float",
+        activation=None,
+        reason=reason,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        site=linear.site,
+    )

@@ -1,0 +1,92 @@
+"""The arrays of a policy: equalization scales, INT4 codes and group scales, one linear in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calib.equalize import LinearScales, equalization_from_absmax, equalized_weight, scales_from_sites
+from calib.linears import LinearWeights
+from calib.load import Checkpoint
+from calib.weights import WEIGHT_METHODS
+from fptq_export.errors import UserError
+from fptq_export.packing import packed_from_int4
+from fptq_export.policy import LayerPolicy, Policy
+from fptq_export.progress import Progress
+from fptq_export.sites import Sites
+
+__all__ = ["equalization_from_policy", "policy_arrays"]
+
+Maxima = Mapping[str, NDArray[np.float32]]
+
+
+def equalization_from_policy(policy: Policy, sites: Sites, maxima: Maxima) -> dict[str, NDArray[np.float32]]:
+    """Site id -> s, float32 [channels], for every site that the policy equalizes.
+
+    s comes from the largest maxima of the site's quantized consumers. They read one tensor, so these are the same.
+    """
+    quantized = policy.quantized()
+    return {
+        site: equalization_from_absmax(
+            np.maximum.reduce([maxima[path] for path in sites.site(site).consumers if path in quantized])
+        )
+        for site in policy.equalized_sites()
+    }
+
+
+def policy_arrays(
+    policy: Policy, sites: Sites, maxima: Maxima, checkpoint: Checkpoint, progress: Progress
+) -> dict[str, NDArray[Any]]:
+    """Compute everything that `policy.safetensors` holds.
+
+    Args:
+        policy: Complete: tiers, group sizes and weight methods of every quantized layer.
+        sites: Fold sites.
+        maxima: Linear path -> channel maxima, float32 [in].
+        checkpoint: Read weight by weight.
+        progress: Reports layers.
+
+    Returns:
+        Array name -> array, as `fptq_export.policy` lists them.
+
+    Raises:
+        UserError: A weight disagrees with the traced graph, or a group scale does not fit float16.
+    """
+    equalization = equalization_from_policy(policy, sites, maxima)
+    scales = scales_from_sites(sites, policy.equalized_sites(), equalization)
+    arrays: dict[str, NDArray[Any]] = {f"{site}.equalization": s for site, s in equalization.items()}
+    arrays.update({f"{path}.input_absmax": maxima[path] for path in policy.layers if path in maxima})
+    weights = LinearWeights.from_checkpoint(checkpoint)
+    quantized = policy.quantized()
+    with progress.task("quantize weights", len(quantized), unit="layers") as task:
+        for path, layer in quantized.items():
+            codes, group_scales = _quantize_layer(path, layer, weights, scales.get(path, LinearScales()))
+            arrays[f"{path}.weight_codes"] = packed_from_int4(codes)
+            arrays[f"{path}.weight_scales"] = group_scales
+            task.advance()
+    return arrays
+
+
+def _quantize_layer(
+    path: str, layer: LayerPolicy, weights: LinearWeights, scales: LinearScales
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    weight = weights.read(path)
+    expected = (layer.out_features, layer.in_features)
+    if tuple(weight.shape) != expected:
+        cause = f"its weight is {list(weight.shape)}, but the traced graph has {list(expected)}"
+        raise UserError(f"layer {path}", cause, "trace the model again")
+    if layer.weight_method is None or layer.group_size is None:
+        raise RuntimeError(f"{path} is to be quantized, but its policy has no weight method or no group size")
+    weight = equalized_weight(weight, scales)
+    codes, group_scales = WEIGHT_METHODS[layer.weight_method](weight, layer.group_size)
+    if not torch.isfinite(group_scales).all():
+        raise UserError(
+            f"layer {path}",
+            f"its equalized weight reaches {weight.abs().max().item():.4g}: the group scale does not fit float16",
+            f"exclude the layer: --exclude '{path}'",
+        )
+    return codes.numpy(), group_scales.numpy()

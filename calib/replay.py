@@ -1,0 +1,102 @@
+"""Replay an edited policy: check it whole, then recompute what follows from it. No calibration is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from calib.check_policy import policy_problems
+from calib.equalize import closed_form_scale
+from calib.load import Checkpoint
+from calib.policy_arrays import policy_arrays
+from calib.rule import RULE_REASON_START, tier_from_absmax
+from fptq_export.errors import UserError, UserErrors
+from fptq_export.policy import LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, read_policy
+from fptq_export.progress import Progress
+from fptq_export.sites import Linear, Sites
+
+__all__ = ["replay_policy"]
+
+_BY_HAND = "set by hand"
+
+
+def replay_policy(
+    path: Path, sites: Sites, checkpoint: Checkpoint, progress: Progress
+) -> tuple[Policy, dict[str, NDArray[Any]]]:
+    """Read a policy that a person may have edited, and recompute scales and codes from the checkpoint.
+
+    What a layer runs is taken from its entry; the rule's thresholds are not applied again. An `activation_scale` that
+    is null gets its closed form from the channel maxima stored in `policy.safetensors`; another value is kept.
+
+    Args:
+        path: `policy.json`, with `policy.safetensors` beside it.
+        sites: Linears and fold sites of the traced graph.
+        checkpoint: Read weight by weight.
+        progress: Reports layers.
+
+    Returns:
+        The completed policy and its arrays, for `write_policy`.
+
+    Raises:
+        UserErrors: Everything that is wrong with the file, each with its JSON path.
+        UserError: A file is missing or damaged, or a weight cannot be quantized.
+    """
+    policy = read_policy(path)
+    maxima = _maxima_from_arrays(arrays_path(path), sites)
+    problems = list(policy_problems(policy, sites, maxima))
+    if problems:
+        raise UserErrors(str(path), problems, "mend every entry listed above and run again")
+    layers = {
+        name: _completed(layer, sites.linear(name), float(maxima[name].max()), policy.rule)
+        if layer.precision == "w4a8"
+        else _float_layer(layer)
+        for name, layer in policy.layers.items()
+    }
+    completed = policy.model_copy(update={"layers": layers})
+    return completed, policy_arrays(completed, sites, maxima, checkpoint, progress)
+
+
+def _maxima_from_arrays(path: Path, sites: Sites) -> Mapping[str, NDArray[np.float32]]:
+    maxima: dict[str, NDArray[np.float32]] = {}
+    try:
+        arrays = PolicyArrays(path)
+        for linear in sites.linears:
+            name = f"{linear.path}.input_absmax"
+            if name in arrays:
+                maxima[linear.path] = arrays.read(name)
+    except SafetensorError as error:
+        raise UserError(str(path), f"damaged ({error})", "restore it, or calibrate again") from None
+    for linear in sites.linears:
+        absmax = maxima.get(linear.path)
+        if absmax is None:
+            continue
+        usable = absmax.shape == (linear.in_features,) and absmax.dtype == np.float32
+        if not usable or not np.isfinite(absmax).all() or (absmax < 0).any():
+            raise UserError(
+                str(path),
+                f"{linear.path}.input_absmax is not {linear.in_features} finite float32 magnitudes",
+                "calibrate again: the file belongs to another model or was changed",
+            )
+    return maxima
+
+
+def _completed(layer: LayerPolicy, linear: Linear, measured: float, rule: Rule) -> LayerPolicy:
+    """Fill in what an edit left open: the closed-form scale, and who decided."""
+    update: dict[str, Any] = {"input_absmax": measured}
+    if layer.activation_scale is None and layer.activation != "per_token":
+        update["activation_scale"] = closed_form_scale(measured, equalized=layer.activation == "lae_static")
+    activation, rule_reason = tier_from_absmax(measured, rule, linear)
+    if layer.activation != activation and layer.reason.startswith(RULE_REASON_START):
+        update["reason"] = f"{_BY_HAND} to {layer.activation}; by the rule: {rule_reason}"
+    return layer.model_copy(update=update)
+
+
+def _float_layer(layer: LayerPolicy) -> LayerPolicy:
+    if not layer.reason.startswith(RULE_REASON_START):
+        return layer
+    return layer.model_copy(update={"reason": f"{_BY_HAND}: keeps the float precision"})

@@ -1,0 +1,33 @@
+"""The FPTQ rule (arXiv 2308.15987): which activation tier an input of a given range gets, and the words for it."""
+
+from __future__ import annotations
+
+from fptq_export.policy import Activation, Rule
+from fptq_export.sites import Linear
+
+__all__ = ["RULE_REASON_START", "tier_from_absmax"]
+
+RULE_REASON_START = "max|x|"
+"""Every reason that the rule gives starts with this, so a replay can tell it from a person's words."""
+
+
+def tier_from_absmax(absmax: float, rule: Rule, linear: Linear) -> tuple[Activation, str]:
+    """Apply the rule to one linear.
+
+    Args:
+        absmax: v, the largest magnitude of the input seen in calibration.
+        rule: Thresholds v0 and v1.
+        linear: Says whether the input has an exact fold site.
+
+    Returns:
+        `static` for v <= v0; `lae_static` for v0 < v < v1 at a fold site; `per_token` otherwise. And the reason.
+    """
+    measured = f"{RULE_REASON_START} {absmax:.6g}"
+    if absmax <= rule.v0:
+        return "static", f"{measured} <= v0 {rule.v0:g}: one INT8 scale"
+    if absmax >= rule.v1:
+        return "per_token", f"{measured} >= v1 {rule.v1:g}: one INT8 scale a token"
+    between = f"{measured} between v0 {rule.v0:g} and v1 {rule.v1:g}"
+    if linear.site is None:
+        return "per_token", f"{between}, but no fold site ({linear.no_site_reason}): one INT8 scale a token"
+    return "lae_static", f"{between}: equalized at {linear.site}, then one INT8 scale"

@@ -1,0 +1,42 @@
+"""A torch causal LM behind the interface that verification compares models through."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+__all__ = ["TorchCausalSession"]
+
+
+class TorchCausalSession:
+    """Prefill and decode with the KV cache carried; arrays in, arrays out.
+
+    Args:
+        model: In eval mode.
+        name: For reports.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.name = name
+        self._model: Any = model
+
+    def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], Cache]:
+        """Run a prompt: int64 [B, S] -> logits float32 [B, S, V], cache of S tokens."""
+        return self._run(input_ids, None)
+
+    def decode(self, input_ids: NDArray[np.int64], cache: Cache) -> tuple[NDArray[np.float32], Cache]:
+        """Run the next token: int64 [B, 1], cache -> logits float32 [B, 1, V], a new cache; the old one stays valid."""
+        return self._run(input_ids, copy.deepcopy(cache))
+
+    def _run(self, input_ids: NDArray[np.int64], cache: Cache | None) -> tuple[NDArray[np.float32], Cache]:
+        with torch.inference_mode():
+            output = self._model(input_ids=torch.from_numpy(input_ids), past_key_values=cache, use_cache=True)
+        logits: NDArray[np.float32] = output.logits.to(torch.float32).numpy()
+        return logits, output.past_key_values
