@@ -10,7 +10,8 @@ norm weight, which differs by the rounding of that weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,7 +30,14 @@ from fptq_export.sites import Sites
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FakeQuantLinear", "WeightPrecision", "apply_policy", "quantize_per_token", "quantize_static"]
+__all__ = [
+    "FakeQuantLinear",
+    "WeightPrecision",
+    "applied_policy",
+    "apply_policy",
+    "quantize_per_token",
+    "quantize_static",
+]
 
 WeightPrecision = Literal["int4", "float"]
 Arrays = Mapping[str, NDArray[Any]]
@@ -100,7 +108,7 @@ def apply_policy(
     *,
     weights: WeightPrecision = "int4",
     quantize_activations: bool = True,
-) -> None:
+) -> dict[str, nn.Module]:
     """Replace every linear that the policy touches, in place.
 
     Args:
@@ -110,7 +118,11 @@ def apply_policy(
         sites: Fold sites of the policy.
         weights: `int4` takes the codes of the policy; `float` keeps the (equalized) float weights: W16.
         quantize_activations: False leaves activations float: A16, with the same weights.
+
+    Returns:
+        The linears that were replaced, by path.
     """
+    replaced: dict[str, nn.Module] = {}
     equalization = {site: arrays[f"{site}.equalization"] for site in policy.equalized_sites()}
     scales = scales_from_sites(sites, policy.equalized_sites(), equalization)
     divisors = {
@@ -124,7 +136,7 @@ def apply_policy(
         reads_as_before = touched.input is None or path in divisors
         if layer.precision == "float" and reads_as_before and touched.output is None:
             continue
-        linear = model.get_submodule(path)
+        linear = replaced[path] = model.get_submodule(path)
         coded = weights == "int4" and layer.precision == "w4a8"
         weight = _weight_from_codes(path, layer, arrays) if coded else _float_weight(linear, touched)
         runs = layer.activation if quantize_activations else None
@@ -136,6 +148,26 @@ def apply_policy(
             divisor=_tensor(divisors.get(path)),
         )
         model.set_submodule(path, replacement)
+    return replaced
+
+
+@contextmanager
+def applied_policy(
+    model: PreTrainedModel,
+    policy: Policy,
+    arrays: Arrays,
+    sites: Sites,
+    *,
+    weights: WeightPrecision = "int4",
+    quantize_activations: bool = True,
+) -> Iterator[None]:
+    """`apply_policy` inside the block; the float model again after it."""
+    replaced = apply_policy(model, policy, arrays, sites, weights=weights, quantize_activations=quantize_activations)
+    try:
+        yield
+    finally:
+        for path, linear in replaced.items():
+            model.set_submodule(path, linear)
 
 
 def _weight_from_codes(path: str, layer: LayerPolicy, arrays: Arrays) -> torch.Tensor:

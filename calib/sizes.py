@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFReader
 
+from calib.decide import excluded_paths
 from calib.hub import directory_from_hub
 from calib.linears import linears_from_model
 from calib.load import checkpoint_from_directory, skeleton_from_checkpoint
@@ -45,9 +45,9 @@ def sizes_from_model(model: str, exclude: Sequence[str], progress: Progress, *, 
         path if path.is_dir() else directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
     )
     checkpoint = checkpoint_from_directory(directory, path.name, trust_remote_code=trust_remote_code)
-    rules = [re.compile(pattern) for pattern in exclude]
     linears = linears_from_model(skeleton_from_checkpoint(checkpoint))
-    names = {f"{linear}.weight" for linear in linears if not any(rule.search(linear) for rule in rules)}
+    excluded = excluded_paths(list(linears), exclude)
+    names = {f"{linear}.weight" for linear in linears if linear not in excluded}
     counts = {name: math.prod(entry.shape) for name, entry in checkpoint.tensors.items()}
     return ModelSizes(sum(counts.values()), sum(count for name, count in counts.items() if name in names))
 

@@ -66,7 +66,7 @@ class Problem:
         return f"{self.message} @ {self.path}"
 
 
-class UserErrors(UserError):
+class UserErrors(UserError):  # noqa: N818  the plural says that it carries several
     """All problems of one document at once, so that one edit can mend them all."""
 
     def __init__(self, where: str, problems: Sequence[Problem], hint: str = "") -> None:

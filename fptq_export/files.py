@@ -52,7 +52,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(_default_mode())
-        os.replace(partial, target)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -105,7 +105,9 @@ def read_json_model(path: Path, model_type: type[ModelT]) -> ModelT:
     except FileNotFoundError:
         raise UserError(str(path), "no such file", "check the path, or run the stage that writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"not valid JSON ({error})", "restore the file, or delete it to recreate it") from None
+        raise UserError(
+            str(path), f"not valid JSON ({error})", "restore the file, or delete it to recreate it"
+        ) from None
     try:
         return model_type.model_validate_json(json.dumps(data))
     except ValidationError as error:

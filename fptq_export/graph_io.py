@@ -39,7 +39,9 @@ def load_graph(path: Path) -> ir.Model:
         raise UserError(str(path), f"not a readable ONNX file ({error})", "export the model again") from error
 
 
-def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[np.generic]]) -> ir.LazyTensor:
+def lazy_tensor(
+    name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[np.generic]]
+) -> ir.LazyTensor:
     """An initializer that is computed when it is written, and not kept.
 
     Args:
@@ -53,6 +55,9 @@ def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Cal
         array = make()
         if dtype.bitwidth == 4:
             return ir.PackedTensor(array, dtype, shape=list(shape), name=name)
+        # The place in the file was given out by the declared shape: another one would shift every later tensor.
+        if array.shape != shape or array.dtype != dtype.numpy():
+            raise RuntimeError(f"{name!r} is {array.dtype} {list(array.shape)}, declared as {dtype} {list(shape)}")
         return ir.Tensor(array, dtype=dtype, shape=ir.Shape(shape), name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
@@ -82,10 +87,17 @@ def write_weights(model: ir.Model, target: Path, on_tensor: OnTensor | None = No
 
     with atomic_path(target) as partial:
         tensors = [value.const_value for value in values if value.const_value is not None]
-        written = ir.external_data.convert_tensors_to_external(tensors, str(partial.parent), partial.name, callback=report)
+        written = ir.external_data.convert_tensors_to_external(
+            tensors, str(partial.parent), partial.name, callback=report
+        )
     for value, tensor in zip(values, written, strict=True):
         value.const_value = ir.ExternalTensor(
-            target.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=value.name or "",
+            target.name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=value.name or "",
             base_dir=str(target.parent),
         )
 
@@ -95,5 +107,3 @@ def save_graph(model: ir.Model, path: Path) -> None:
     proto = ir.to_proto(model)
     with atomic_path(path) as partial:
         onnx.save(proto, str(partial), format="protobuf")
-
-

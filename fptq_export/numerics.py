@@ -12,6 +12,8 @@ The function body in the ONNX graph, the plugin, the CPU path and the torch fake
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +34,8 @@ __all__ = [
     "w4a8_linear",
     "weight_scale_rtn",
 ]
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 INT8_MIN = -128
 INT8_MAX = 127
@@ -72,7 +76,8 @@ def static_scale(absmax: float) -> np.float32:
 def per_token_scale(x: NDArray[np.floating]) -> NDArray[np.float32]:
     """INT8 scale of each token: max(max|x|, eps) / 127 in float32, shape [..., in] -> [..., 1]."""
     absmax = np.abs(x.astype(np.float32)).max(axis=-1, keepdims=True)
-    return (np.maximum(absmax, PER_TOKEN_EPS) / np.float32(INT8_MAX)).astype(np.float32)
+    scale: NDArray[np.float32] = np.maximum(absmax, PER_TOKEN_EPS) / np.float32(INT8_MAX)
+    return scale
 
 
 def quantize_activation(x: NDArray[np.floating], scale: NDArray[np.float32] | np.float32) -> NDArray[np.int64]:
@@ -93,20 +98,19 @@ def weight_scale_rtn(weight: NDArray[np.floating], group_size: int) -> NDArray[n
         float16 step that is normal.
     """
     groups = _grouped(weight.astype(np.float32), group_size)
-    scale = (np.abs(groups).max(axis=-1) / np.float32(INT4_MAX)).astype(np.float16)
+    scale: NDArray[np.float16] = (np.abs(groups).max(axis=-1) / np.float32(INT4_MAX)).astype(np.float16)
     return np.maximum(scale, np.finfo(np.float16).tiny)
 
 
 def quantize_weight_rtn(weight: NDArray[np.floating], scale: NDArray[np.float16], group_size: int) -> NDArray[np.int64]:
     """INT4 codes clip(rint(w / scale), -8, 7), division in float32; [out, in] -> [out, in]."""
     ratio = _grouped(weight.astype(np.float32), group_size) / scale.astype(np.float32)[..., None]
-    return np.clip(np.rint(ratio), INT4_MIN, INT4_MAX).astype(np.int64).reshape(weight.shape)
+    codes: NDArray[np.int64] = np.clip(np.rint(ratio), INT4_MIN, INT4_MAX).astype(np.int64)
+    return codes.reshape(weight.shape)
 
 
-def dequantize_weight(
-    codes: NDArray[np.integer], scale: NDArray[np.floating], group_size: int
-) -> NDArray[np.float64]:
-    """code x group scale in float64: codes [out, in], scale [out, in/group_size] -> [out, in]."""
+def dequantize_weight(codes: NDArray[np.integer], scale: NDArray[np.floating], group_size: int) -> NDArray[np.float64]:
+    """Group scale x code in float64: codes [out, in], scale [out, in/group_size] -> [out, in]."""
     values = _grouped(codes.astype(np.float64), group_size) * scale.astype(np.float64)[..., None]
     return values.reshape(codes.shape)
 
@@ -136,12 +140,12 @@ def w4a8_linear(
     x = x_codes.astype(np.int64).reshape(tokens, channels // group_size, group_size)
     w = w_codes.astype(np.int64).reshape(w_codes.shape[0], channels // group_size, group_size)
     group_sums = np.einsum("tgk,ngk->tng", x, w)
-    y = (group_sums.astype(np.float64) * w_scale.astype(np.float64)[None]).sum(axis=-1)
+    y: NDArray[np.float64] = (group_sums.astype(np.float64) * w_scale.astype(np.float64)[None]).sum(axis=-1)
     y = y * np.asarray(x_scale, dtype=np.float64)
     return y if bias is None else y + bias.astype(np.float64)
 
 
-def _grouped(values: NDArray[np.generic], group_size: int) -> NDArray[np.generic]:
+def _grouped(values: NDArray[Scalar], group_size: int) -> NDArray[Scalar]:
     rows, channels = values.shape
     if channels % group_size:
         raise ValueError(f"group_size must divide the input channels ({group_size} does not divide {channels})")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ __all__ = [
     "write_policy",
 ]
 
-POLICY_SCHEMA_VERSION = 1
+POLICY_SCHEMA_VERSION: Final = 1
 GROUP_SIZES = (128, 64, 32, 16)
 """Group sizes that TensorRT fuses into one weight-only GEMM and our kernels support, largest first."""
 
@@ -127,11 +127,22 @@ class PolicyArrays:
         """Whether an array of that name is stored."""
         return name in self._names
 
-    def read(self, name: str) -> NDArray[Any]:
-        """One array. Raises UserError naming the file and the array when it is missing."""
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """One array.
+
+        Args:
+            name: Its name.
+            shape: The shape it must have, where that is known.
+
+        Raises:
+            UserError: It is missing or has another shape; names the file and the array.
+        """
         if name not in self._names:
             raise UserError(str(self.path), f"array {name!r} is missing", "calibrate again")
         array: NDArray[Any] = self._file.get_tensor(name)
+        if shape is not None and array.shape != shape:
+            cause = f"array {name!r} is {list(array.shape)}, but policy.json asks for {list(shape)}"
+            raise UserError(str(self.path), cause, "give the edited policy to --policy, which computes its arrays")
         return array
 
 

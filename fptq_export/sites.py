@@ -7,15 +7,25 @@ node and which initializers to touch).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from fptq_export.files import read_json_model, write_json_model
 
-__all__ = ["SITES_SCHEMA_VERSION", "FoldSite", "Linear", "Producer", "SiteKind", "Sites", "UnmatchedLinear", "read_sites", "write_sites"]
+__all__ = [
+    "SITES_SCHEMA_VERSION",
+    "FoldSite",
+    "Linear",
+    "Producer",
+    "SiteKind",
+    "Sites",
+    "UnmatchedLinear",
+    "read_sites",
+    "write_sites",
+]
 
-SITES_SCHEMA_VERSION = 1
+SITES_SCHEMA_VERSION: Final = 1
 
 SiteKind = Literal["norm", "offset_norm", "gated_mlp"]
 

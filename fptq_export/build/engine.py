@@ -174,6 +174,7 @@ def _job_from_request(request: BuildRequest, engine_path: Path) -> Job:
         onnx_path=request.onnx_path.absolute(),
         weights_path=request.weights_dir.absolute() / request.onnx_path.name,
         engine_path=engine_path.absolute(),
+        log_path=request.log_path,
         profiles=request.profiles,
         compute_capabilities=request.compute_capabilities,
         optimization_level=request.optimization_level,

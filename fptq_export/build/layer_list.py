@@ -5,8 +5,9 @@ data types of its constants and the ONNX nodes it was made from. It needs no GPU
 
 * A linear that stays 4-bit is one layer that names `<torch path>/MatMul` and holds an Int4 constant of its in x out
   codes. Linears that share their input may be fused along `out`: one Int4 constant for all of them, every MatMul named.
-* A weight with a single group along `in` is dequantized in a layer of its own at every call, which names only
-  `<torch path>/DequantizeLinear`: the numbers are right, the GEMM is not fused.
+* A weight with a single group along `in`, or one that is cast after its dequantization (FP16 scales in a BF16 graph),
+  is dequantized in a layer of its own at every call, which names only `<torch path>/DequantizeLinear`: the numbers are
+  right, the GEMM is not fused.
 * Without the barrier of the lowering (see `rewrite`) a block-quantized weight is unpacked to Int8, multiplied over all
   of `in`, and scaled afterwards by a constant of the wrong length. Nothing warns; the numbers are wrong.
 * Every optimization profile has its own copy of each layer; the weights are shared.

@@ -38,6 +38,8 @@ class Job:
     """A path (of a file that need not exist) in the directory where external weights are looked up."""
     engine_path: Path
     """Where the worker writes; a temporary name."""
+    log_path: Path
+    """Name the log will have, for messages; the worker's standard error is that file."""
     profiles: tuple[Profile, ...]
     compute_capabilities: tuple[str, ...]
     optimization_level: int | None
@@ -56,7 +58,7 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker gave up; the fields of a `UserError`."""
+    """The worker gave up; the fields of a `UserError`. Without a hint, the last errors of the log are the cause."""
 
     where: str
     cause: str

@@ -27,6 +27,7 @@ __all__ = ["configured", "main"]
 _REPORT_SECONDS = 0.1
 """Least time between two progress events, so that thousands of steps do not flood the pipe."""
 
+_SHOWN_PARSE_ERRORS = 20
 _JOB_FD = 0
 _LOG_FD = 2
 
@@ -73,9 +74,7 @@ def _build(job: Job, events: BinaryIO) -> Built:
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(job.onnx_path.read_bytes(), path=str(job.weights_path)):
-        errors = [_text_from_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-        cause = "TensorRT cannot parse the graph:" + "".join(f"\n  {error}" for error in errors)
-        raise UserError(str(job.onnx_path), cause, "the log of the builder says more")
+        raise _parse_error(parser, job)
     _add_profiles(builder, config, job)
     config.progress_monitor = _progress_monitor(trt, events)
     engine = builder.build_serialized_network(network, config)
@@ -126,10 +125,20 @@ def _add_profiles(builder: Any, config: Any, job: Job) -> None:
             raise UserError("optimization profile", f"TensorRT refuses profile {index}", "")
 
 
+def _parse_error(parser: Any, job: Job) -> UserError:
+    errors = [_text_from_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+    shown = errors[:_SHOWN_PARSE_ERRORS]
+    if len(errors) > len(shown):
+        shown.append(f"and {len(errors) - len(shown)} more")
+    cause = "TensorRT cannot parse the graph:" + "".join(f"\n  {error}" for error in shown)
+    return UserError(str(job.onnx_path), cause, f"the builder's log is {job.log_path}")
+
+
 def _text_from_parser_error(error: Any) -> str:
-    node = error.node_name()
+    node, reason = error.node_name(), error.desc()
     place = f"node {node} ({error.node_operator()}): " if node else ""
-    return f"{place}{error.desc()} [{error.code().name}]"
+    # "false" is the text of an assertion that always fails: the code alone says it.
+    return f"{place}{error.code().name}" + ("" if reason == "false" else f": {reason}")
 
 
 def _logger(trt: Any) -> Any:
@@ -186,4 +195,5 @@ def _peak_memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The result is sent: a library that crashes while it is unloaded must not turn it into a failure.
+    os._exit(main())

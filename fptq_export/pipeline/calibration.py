@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calib.batches import CalibrationOptions, token_batches
-from calib.decide import PolicyOptions, decide_policy
+from calib.decide import PolicyOptions, decide_policy, excluded_paths
 from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from calib.observe import observe
 from calib.replay import replay_policy
@@ -35,8 +34,9 @@ def calibrate(
     )
     tokenizer = None if options.calib_dataset == "random" else tokenizer_from_checkpoint(checkpoint)
     batches = token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
-    excluded = [re.compile(pattern) for pattern in options.exclude]
-    linears = [linear.path for linear in sites.linears if not any(rule.search(linear.path) for rule in excluded)]
+    paths = [linear.path for linear in sites.linears]
+    excluded = excluded_paths(paths, options.exclude)
+    linears = [path for path in paths if path not in excluded]
     model = model_from_checkpoint(checkpoint, torch.float32)
     stats = observe(model, batches, linears, progress, options.batch_size)
     write_stats(stats, stats_path)

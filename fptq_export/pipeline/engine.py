@@ -53,7 +53,10 @@ def build(
         "library_version": report.library_version,
         "compute_capabilities": report.compute_capabilities,
         "engine_layers": len(report.layers),
+        "layers_by_type": report.precision.layers_by_type,
+        "quantized_linears": report.precision.quantized_linears,
         "int4_constants": report.precision.int4_constants,
+        "unfused": report.precision.unfused,
         "warnings": report.warnings,
     }
 

@@ -135,6 +135,9 @@ class _Road:
             raise UserError("--v0", f"is {options.v0:g}, above --v1 {options.v1:g}", "give v0 <= v1")
         if options.max_ppl_increase is not None and not options.verify:
             raise UserError("--max-ppl-increase", "cannot be checked with --no-verify", "leave one of the two out")
+        if options.dtype == "bf16" and options.verify and "verify" in stages:
+            cause = "ONNX Runtime cannot run BF16 graphs on a CPU, so the result could not be verified"
+            raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
         if options.policy != "paper" and not Path(options.policy).is_file():
             raise UserError(f"--policy {options.policy}", "no such file", "give a policy.json, or paper")
         if self._replays:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fptq_export.files import read_json_model
 from fptq_export.package.manifest import FileRecord, Manifest
+from fptq_export.pipeline.road import ROAD
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.verify.report import VerifyReport
 
@@ -95,7 +96,8 @@ def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
     figures = record.summary
     return [
         ("engine layers", str(figures["engine_layers"])),
-        ("INT4 constants in them, all matched with the policy", str(figures["int4_constants"])),
+        ("quantized linears, each with its INT4 constant in a layer", str(figures["quantized_linears"])),
+        ("of these dequantized in a layer of their own (slower)", str(len(figures["unfused"]))),
         ("built with", f"{figures['target']} {figures['library_version']}"),
     ]
 
@@ -104,7 +106,7 @@ def _stage_table(manifest: Manifest) -> Table:
     table = Table("stage", title="time and peak memory", title_justify="left")
     table.add_column("seconds", justify="right")
     table.add_column("peak GiB", justify="right")
-    for name, record in manifest.stages.items():
+    for name, record in sorted(manifest.stages.items(), key=lambda item: ROAD.index(item[0])):
         table.add_row(name, f"{record.seconds:.1f}", f"{record.peak_memory_bytes / _GIB:.2f}")
     if table.row_count:
         seconds = sum(record.seconds for record in manifest.stages.values())

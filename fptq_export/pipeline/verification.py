@@ -12,7 +12,7 @@ from calib.session import TorchCausalSession
 from fptq_export.files import read_json_model
 from fptq_export.options import RunOptions
 from fptq_export.progress import Progress
-from fptq_export.verify.compare import compare_sessions
+from fptq_export.verify.compare import PROMPT_TOKENS, compare_sessions
 from fptq_export.verify.decode import CacheBound
 from fptq_export.verify.polygraphy_diff import diff_sessions
 from fptq_export.verify.report import VerifyReport, gate, gate_cache
@@ -34,7 +34,7 @@ def verify(checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Pr
         progress,
         cache_bound=CacheBound(rounding="int8", layers=candidate.layers),
     )
-    return report.model_copy(update={"polygraphy": diff_sessions(reference, candidate, windows[0])})
+    return report.model_copy(update={"polygraphy": diff_sessions(reference, candidate, windows[0, :PROMPT_TOKENS])})
 
 
 def check_gates(verify_path: Path, max_ppl_increase: float | None) -> None:

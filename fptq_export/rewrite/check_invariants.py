@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from fptq_export.errors import PrecisionError
 from fptq_export.policy import Policy
+from fptq_export.rewrite.functions import DOMAIN, PER_TOKEN_QDQ, W4A8_PER_TOKEN
 from fptq_export.sites import Sites
 
 __all__ = ["CheckInvariants", "Interface", "interface_from_graph"]
@@ -37,6 +40,7 @@ class CheckInvariants(ir.passes.InPlacePass):
         2. Node names are unique, and every initializer and node output is used or is an output of the graph.
         3. Every quantized linear has INT4 codes [in, out] and scales [in/group_size, out], read by one node.
         4. Nothing else is INT4.
+        5. Every quantized linear reads INT8 activations of its tier, static ones with the scale of the policy.
 
     Args:
         interface: Inputs and outputs before the first rewrite.
@@ -56,6 +60,7 @@ class CheckInvariants(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Check all invariants."""
         faults = [*self._interface_faults(model), *_name_faults(model), *self._weight_faults(model)]
+        faults += self._activation_faults(model)
         if faults:
             raise PrecisionError("the rewritten graph is not what the policy says:\n  " + "\n  ".join(faults))
         return ir.passes.PassResult(model, modified=False)
@@ -79,11 +84,55 @@ class CheckInvariants(ir.passes.InPlacePass):
                 if value is None or value.shape is None:
                     faults.append(f"{path}: initializer {name!r} is missing")
                 elif list(value.shape) != shape or len(value.uses()) != 1:
-                    faults.append(f"{path}: {name!r} is {list(value.shape)} with {len(value.uses())} readers, not {shape}")
+                    faults.append(
+                        f"{path}: {name!r} is {list(value.shape)} with {len(value.uses())} readers, not {shape}"
+                    )
         for name, value in model.graph.initializers.items():
             if value.dtype == ir.DataType.INT4 and name not in expected:
                 faults.append(f"{name!r} is INT4 but belongs to no quantized linear")
         return faults
+
+    def _activation_faults(self, model: ir.Model) -> list[str]:
+        faults = []
+        for path, layer in self._policy.quantized().items():
+            codes = model.graph.initializers.get(f"{path}.weight_codes")
+            if codes is None:
+                continue
+            wanted = "per token" if layer.activation_scale is None else f"scale {np.float32(layer.activation_scale)}"
+            found = {_activation(linear) for linear in _linears(codes)}
+            if found != {wanted}:
+                faults.append(f"{path}: its activations are quantized {sorted(found)}, not [{wanted!r}]")
+        return faults
+
+
+def _linears(codes: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that multiply by a weight: MatMuls behind DequantizeLinear and Cast, or fused linears."""
+    for use in codes.uses():
+        if use.node.op_type in ("DequantizeLinear", "Cast"):
+            yield from _linears(use.node.outputs[0])
+        else:
+            yield use.node
+
+
+def _activation(linear: ir.Node) -> str:
+    """How a linear quantizes what it reads: `per token`, `scale s`, or what stands where neither is found."""
+    if linear.domain == DOMAIN:
+        return "per token" if linear.op_type == W4A8_PER_TOKEN else _scale(linear.inputs[3])
+    value = linear.inputs[0]
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Cast":
+        value = node.inputs[0]
+        node = value.producer() if value is not None else None
+    if node is not None and node.domain == DOMAIN and node.op_type == PER_TOKEN_QDQ:
+        return "per token"
+    if node is None or node.op_type != "DequantizeLinear":
+        return "not at all"
+    return _scale(node.inputs[1])
+
+
+def _scale(value: ir.Value | None) -> str:
+    tensor = value.const_value if value is not None else None
+    return f"scale {tensor.numpy().reshape(-1)[0]}" if tensor is not None and tensor.size == 1 else "by no constant scale"
 
 
 def _name_faults(model: ir.Model) -> list[str]:

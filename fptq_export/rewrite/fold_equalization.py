@@ -46,7 +46,9 @@ class FoldEqualization(ir.passes.InPlacePass):
         for site_id, scale in self._equalization.items():
             site = self._sites.site(site_id)
             if scale.shape != (site.channels,) or not (np.isfinite(scale).all() and (scale > 0).all()):
-                raise ir.passes.PreconditionError(f"equalization of {site_id!r} must be {site.channels} positive numbers")
+                raise ir.passes.PreconditionError(
+                    f"equalization of {site_id!r} must be {site.channels} positive numbers"
+                )
             for producer in site.producers:
                 if producer.initializer not in model.graph.initializers:
                     raise ir.passes.PreconditionError(f"{site_id!r}: no initializer {producer.initializer!r}")
@@ -91,14 +93,18 @@ def _multiply_rows(model: ir.Model, node: ir.Node, linear: Linear, scale: Real, 
     clone = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype))
     clone.const_value = lazy_tensor(name, tensor.dtype, shape, _rounded(tensor, rows_of_clone, site))
     model.graph.register_initializer(clone)
+    before = node.inputs[1]
     node.replace_input_with(1, clone)
+    transpose = before.producer() if before is not None else None
+    if before is not None and transpose is not None and not before.uses():
+        model.graph.remove(transpose, safe=True)
 
 
 def _replace(value: ir.Value, change: Callable[[Real], Real], site: FoldSite) -> None:
     tensor = value.const_value
     if tensor is None or value.name is None or value.shape is None:
         raise RuntimeError(f"initializer {value.name!r} has no value")
-    shape = tuple(int(dim) for dim in value.shape)
+    shape = value.shape.numpy()
     value.const_value = lazy_tensor(value.name, tensor.dtype, shape, _rounded(tensor, change, site))
 
 

@@ -19,7 +19,9 @@ from fptq_export.numerics import INT8_MAX, INT8_MIN, PER_TOKEN_EPS
 
 __all__ = [
     "DOMAIN",
+    "ELEMENT_TYPES",
     "PER_TOKEN_QDQ",
+    "PLUGIN_ATTRIBUTES",
     "W4A8_PER_TOKEN",
     "W4A8_STATIC",
     "dequantized_weight",
@@ -43,6 +45,8 @@ _LOWEST = {
     ir.DataType.BFLOAT16: float(ml_dtypes.finfo(ml_dtypes.bfloat16).min),
     ir.DataType.FLOAT: float(np.finfo(np.float32).min),
 }
+ELEMENT_TYPES = frozenset(_LOWEST)
+"""What T may be."""
 
 
 def register_function(model: ir.Model, function: ir.Function) -> None:
@@ -60,7 +64,12 @@ def dequantized_weight(
     tape: Tape, codes: ir.Value, scales: ir.Value, group_size: int | ir.Attr, dtype: ir.DataType
 ) -> ir.Value:
     """INT4 codes [in, out] and group scales [in/group_size, out] -> weight [in, out] of type T."""
-    return _to(tape, tape.op("DequantizeLinear", [codes, scales], {"axis": 0, "block_size": group_size}), scale_type(dtype), dtype)
+    return _to(
+        tape,
+        tape.op("DequantizeLinear", [codes, scales], {"axis": 0, "block_size": group_size}),
+        scale_type(dtype),
+        dtype,
+    )
 
 
 def static_qdq(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value, dtype: ir.DataType) -> ir.Value:

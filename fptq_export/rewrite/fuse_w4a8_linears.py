@@ -9,11 +9,13 @@ import onnx_ir.passes.common as common
 
 from fptq_export.rewrite.functions import (
     DOMAIN,
+    ELEMENT_TYPES,
     PER_TOKEN_QDQ,
     PLUGIN_ATTRIBUTES,
     W4A8_PER_TOKEN,
     W4A8_STATIC,
     register_function,
+    scale_type,
     w4a8_function,
 )
 
@@ -21,29 +23,43 @@ __all__ = ["FuseW4A8Linears"]
 
 
 @dataclass(frozen=True)
-class _Match:
-    """A quantized linear of the Q/DQ form."""
+class _Weight:
+    """INT4 codes [in, out], scales [in/group_size, out]."""
 
-    op_type: str
-    x: ir.Value
     codes: ir.Value
     scales: ir.Value
-    x_scale: ir.Value | None
     group_size: int
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A quantized linear of the Q/DQ form; `x_scale` is None where each token has its own."""
+
+    dtype: ir.DataType
+    x: ir.Value
+    weight: _Weight
+    x_scale: ir.Value | None
+
+    @property
+    def op_type(self) -> str:
+        """Operator of the fused node."""
+        return W4A8_PER_TOKEN if self.x_scale is None else W4A8_STATIC
 
     @property
     def inputs(self) -> list[ir.Value]:
         """Inputs of the fused node."""
-        return [self.x, self.codes, self.scales, *([self.x_scale] if self.x_scale is not None else [])]
+        scale = [] if self.x_scale is None else [self.x_scale]
+        return [self.x, self.weight.codes, self.weight.scales, *scale]
 
 
 class FuseW4A8Linears(ir.passes.InPlacePass):
     """`MatMul(QDQ(x), DQ(codes))` becomes `fptq::FptqW4A8Gemm{Static,PerToken}(x, codes, scales[, x_scale])`.
 
-    Rules:
-        1. The right operand is `[Cast](DequantizeLinear(codes, scales, axis=0, block_size))` of INT4 initializers.
-        2. The left operand is `[Cast](DequantizeLinear(QuantizeLinear([Cast](x), s, z), s, z))` with a scalar constant s
-           and z = 0 (static), or `FptqQuantizeDequantizePerToken(x)`.
+    Rules, for a graph of type T:
+        1. The right operand is `[Cast](DequantizeLinear(codes, scales, axis=0, block_size))` of INT4 and FLOAT16
+           initializers (FLOAT scales where T is FLOAT), with zero points 0 or none.
+        2. The left operand is `[Cast](DequantizeLinear(QuantizeLinear([Cast](x), s, z), s, z))` with a scalar FLOAT
+           constant s and an INT8 z = 0 (static), or `FptqQuantizeDequantizePerToken(x)`. x is of type T.
         3. A MatMul that matches only one of the two is left alone: it is not a W4A8 linear.
         4. The bias Add stays: it is rounded in the graph's type with or without the plugin.
 
@@ -66,15 +82,13 @@ class FuseW4A8Linears(ir.passes.InPlacePass):
 
 
 def _fuse(model: ir.Model, node: ir.Node, match: _Match) -> None:
-    if match.x.dtype is None:
-        raise RuntimeError(f"value {match.x.name!r} has no type")
-    register_function(model, w4a8_function(match.op_type, match.x.dtype))
+    register_function(model, w4a8_function(match.op_type, match.dtype))
     owner = (node.name or "").removesuffix("/MatMul")
     attributes = [ir.AttrString(name, value) for name, value in PLUGIN_ATTRIBUTES.items()]
-    attributes.append(ir.AttrInt64("group_size", match.group_size))
+    attributes.append(ir.AttrInt64("group_size", match.weight.group_size))
     fused = ir.Node(DOMAIN, match.op_type, match.inputs, attributes, name=f"{owner}/{match.op_type}")
     output, replacement = node.outputs[0], fused.outputs[0]
-    replacement.name, replacement.dtype, replacement.shape = output.name, output.dtype, output.shape
+    replacement.name, replacement.dtype, replacement.shape = output.name, match.dtype, output.shape
     model.graph.insert_before(node, fused)
     ir.convenience.replace_all_uses_with(output, replacement, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
@@ -83,37 +97,61 @@ def _fuse(model: ir.Model, node: ir.Node, match: _Match) -> None:
 def _match(node: ir.Node) -> _Match | None:
     if node.op_type != "MatMul" or node.domain:
         return None
-    weight = _before_cast(node.inputs[1])
-    if weight is None or weight.op_type != "DequantizeLinear" or weight.attributes.get_int("axis", 1) != 0:
+    left, right = node.inputs
+    dtype = left.dtype if left is not None else None
+    weight = _weight(right)
+    if left is None or dtype not in ELEMENT_TYPES or weight is None or weight.scales.dtype != scale_type(dtype):
         return None
-    codes, scales = weight.inputs[:2]
-    group_size = weight.attributes.get_int("block_size", 0)
-    if codes is None or scales is None or codes.dtype != ir.DataType.INT4 or not codes.is_initializer() or not group_size:
-        return None
-    left = node.inputs[0]
-    producer = left.producer() if left is not None else None
+    producer = left.producer()
     if producer is not None and producer.domain == DOMAIN and producer.op_type == PER_TOKEN_QDQ:
-        x = producer.inputs[0]
-        return None if x is None else _Match(W4A8_PER_TOKEN, x, codes, scales, None, group_size)
-    return _static_match(left, codes, scales, group_size)
+        x, x_scale = producer.inputs[0], None
+    else:
+        x, x_scale = _static_activation(left)
+        if x_scale is None:
+            return None
+    return None if x is None or x.dtype != dtype else _Match(dtype, x, weight, x_scale)
 
 
-def _static_match(left: ir.Value | None, codes: ir.Value, scales: ir.Value, group_size: int) -> _Match | None:
-    dequantize = _before_cast(left)
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+def _weight(value: ir.Value | None) -> _Weight | None:
+    node = _before_cast(value)
+    if node is None or node.op_type != "DequantizeLinear" or node.attributes.get_int("axis", 1) != 0:
         return None
-    quantized, scale, zero_point = (*dequantize.inputs, None)[:3]
-    quantize = quantized.producer() if quantized is not None else None
-    if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.inputs[1] is not scale:
+    codes, scales, zero_point = (*node.inputs, None)[:3]
+    group_size = node.attributes.get_int("block_size", 0)
+    if codes is None or not codes.is_initializer() or codes.dtype != ir.DataType.INT4 or not group_size:
         return None
-    if scale is None or not scale.is_initializer() or scale.const_value is None or scale.const_value.size != 1:
+    if scales is None or not scales.is_initializer() or not (zero_point is None or _is_zero(zero_point)):
         return None
-    if zero_point is not None and (zero_point.const_value is None or zero_point.const_value.numpy().any()):
-        return None
-    wide = quantize.inputs[0]
-    cast = wide.producer() if wide is not None else None
-    x = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else wide
-    return None if x is None else _Match(W4A8_STATIC, x, codes, scales, scale, group_size)
+    return _Weight(codes, scales, group_size)
+
+
+def _static_activation(value: ir.Value) -> tuple[ir.Value | None, ir.Value | None]:
+    """(x, scale) where `value` is x quantized to INT8 and back with one constant scale, else (None, None)."""
+    dequantize = _before_cast(value)
+    codes = dequantize.inputs[0] if dequantize is not None and dequantize.op_type == "DequantizeLinear" else None
+    quantize = codes.producer() if codes is not None else None
+    if dequantize is None or quantize is None or quantize.op_type != "QuantizeLinear":
+        return None, None
+    scale = dequantize.inputs[1]
+    # Without a zero point the codes are unsigned.
+    zero_points = [(*node.inputs, None)[2] for node in (quantize, dequantize)]
+    symmetric = all(zero is not None and zero.dtype == ir.DataType.INT8 and _is_zero(zero) for zero in zero_points)
+    if scale is None or scale is not quantize.inputs[1] or not symmetric:
+        return None, None
+    if scale.const_value is None or scale.const_value.size != 1 or scale.dtype != ir.DataType.FLOAT:
+        return None, None
+    return _before_widening(quantize.inputs[0], value.dtype), scale
+
+
+def _is_zero(value: ir.Value) -> bool:
+    return value.const_value is not None and not value.const_value.numpy().any()
+
+
+def _before_widening(value: ir.Value | None, dtype: ir.DataType | None) -> ir.Value | None:
+    """What is cast to `value`, if that is of type `dtype`; else `value` itself."""
+    node = value.producer() if value is not None else None
+    source = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return source if source is not None and source.dtype == dtype else value
 
 
 def _before_cast(value: ir.Value | None) -> ir.Node | None:

@@ -52,25 +52,34 @@ class InsertQdq(ir.passes.InPlacePass):
         self._arrays = arrays
 
     def requires(self, model: ir.Model) -> None:
-        """Every quantized linear's node is in the graph."""
+        """Every quantized linear's node is in the graph, and its entry says all that is needed."""
         names = {node.name for node in model.graph}
-        for path in self._policy.quantized():
+        for path, layer in self._policy.quantized().items():
             if self._sites.linear(path).node not in names:
                 raise ir.passes.PreconditionError(f"the graph has no node for {path!r}")
+            if layer.group_size is None or layer.in_features % layer.group_size:
+                raise ir.passes.PreconditionError(f"{path!r} has no group size that divides its input channels")
+            if layer.activation is None or (layer.activation == "per_token") != (layer.activation_scale is None):
+                raise ir.passes.PreconditionError(
+                    f"{path!r} is {layer.activation} with activation scale {layer.activation_scale}"
+                )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantize every linear of the policy."""
-        nodes = {node.name: node for node in model.graph}
+        quantized = self._policy.quantized()
+        linears = {linear.node: linear for linear in self._sites.linears if linear.path in quantized}
         names = UniqueNames(model)
         activations: dict[tuple[str, float | None], ir.Value] = {}
-        quantized = self._policy.quantized()
-        for path, layer in quantized.items():
-            linear = self._sites.linear(path)
-            node = nodes[linear.node]
+        # In the order of the graph, so that a shared activation is quantized before its first reader.
+        for node in list(model.graph):
+            linear = linears.get(node.name or "")
+            if linear is None:
+                continue
+            layer = quantized[linear.path]
             self._quantize_weight(model, node, linear, layer, names)
             key = (linear.input, layer.activation_scale)
             if key not in activations:
-                activations[key] = _quantized_activation(model, node, layer, path, names)
+                activations[key] = _quantized_activation(model, node, layer, linear.path, names)
             node.replace_input_with(0, activations[key])
         return ir.passes.PassResult(model, modified=bool(quantized))
 
@@ -99,18 +108,21 @@ class InsertQdq(ir.passes.InPlacePass):
         name = f"{linear.path}.weight_codes"
 
         def packed() -> NDArray[np.generic]:
-            codes = int4_from_packed(self._arrays.read(name))
-            return packed_from_int4(np.ascontiguousarray(codes.T))
+            stored = self._arrays.read(name, (linear.out_features, linear.in_features // 2))
+            # Flat: a row of an odd number of codes ends inside a byte.
+            return packed_from_int4(int4_from_packed(stored).T.reshape(-1))
 
         return _initializer(model, name, ir.DataType.INT4, (linear.in_features, linear.out_features), packed)
 
     def _scales(self, model: ir.Model, linear: Linear, group_size: int, dtype: ir.DataType) -> ir.Value:
         name = f"{linear.path}.weight_scales"
+        groups = linear.in_features // group_size
 
         def transposed() -> NDArray[np.generic]:
-            return np.ascontiguousarray(self._arrays.read(name).T.astype(dtype.numpy()))
+            stored = self._arrays.read(name, (linear.out_features, groups))
+            return np.ascontiguousarray(stored.T.astype(dtype.numpy()))
 
-        return _initializer(model, name, dtype, (linear.in_features // group_size, linear.out_features), transposed)
+        return _initializer(model, name, dtype, (groups, linear.out_features), transposed)
 
 
 def _quantized_activation(
@@ -155,7 +167,7 @@ def _constant_initializer(model: ir.Model, name: str, array: NDArray[np.generic]
     if existing is not None:
         return existing
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 

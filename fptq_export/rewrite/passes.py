@@ -56,7 +56,9 @@ def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArr
     """
     model = load_graph(paths.model)
     check = CheckInvariants(interface_from_graph(model), sites, policy)
-    equalization = {site: arrays.read(f"{site}.equalization") for site in policy.equalized_sites()}
+    equalization = {
+        site: arrays.read(f"{site}.equalization", (sites.site(site).channels,)) for site in policy.equalized_sites()
+    }
     FoldEqualization(sites, equalization)(model)
     InsertQdq(sites, policy, arrays)(model)
     check(model)

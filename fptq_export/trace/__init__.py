@@ -10,6 +10,7 @@ from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
+from fptq_export.trace.expand_gemm import expand_gemm
 from fptq_export.trace.find_sites import sites_from_graph
 from fptq_export.trace.weights import StoredTensor, attach_weights, transpose_linear_weights
 
@@ -54,6 +55,7 @@ def trace(
     graph = traced.graph
     with progress.task("Cleaning the graph", total=None):
         attach_weights(graph, weights, traced.buffers, traced.tied)
+        expand_gemm(graph)
         transpose_linear_weights(graph)
         clean_up(graph)
         sites = sites_from_graph(graph, traced.linears)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from fptq_export.sites import FoldSite, Producer, SiteKind
-from fptq_export.trace.find_linears import LinearNode
+from fptq_export.trace.find_linears import LinearNode, only_reader
 
 __all__ = ["fold_site_or_reason"]
 
@@ -69,7 +69,7 @@ def _source(value: ir.Value) -> ir.Value | str:
     """The tensor before casts that only this one reads: a scale passes through a Cast unchanged."""
     while (node := value.producer()) is not None and node.op_type == "Cast":
         before = node.inputs[0]
-        if before is None or len(before.uses()) != 1 or before.is_graph_output():
+        if before is None or only_reader(before) is None:
             return f"its input is also read before Cast node {node.name!r}"
         value = before
     return value
@@ -77,7 +77,7 @@ def _source(value: ir.Value) -> ir.Value | str:
 
 def _channel_constant(value: ir.Value | None, channels: int) -> ir.Value | None:
     """`value` if it is a constant with one number for each channel that nothing else reads."""
-    if value is None or not value.is_initializer() or value.shape is None or len(value.uses()) != 1:
+    if value is None or not value.is_initializer() or value.shape is None or only_reader(value) is None:
         return None
     dims = list(value.shape)
     return value if dims and dims[-1] == channels and all(dim == 1 for dim in dims[:-1]) else None
@@ -86,16 +86,22 @@ def _channel_constant(value: ir.Value | None, channels: int) -> ir.Value | None:
 def _offset_constant(value: ir.Value | None, channels: int) -> tuple[ir.Value, float] | None:
     """(w, c) if `value` is w + c with a per-channel constant w and a scalar constant c, through casts of w."""
     node = value.producer() if value is not None else None
-    if value is None or node is None or node.op_type != "Add" or len(value.uses()) != 1:
+    if value is None or node is None or node.op_type != "Add" or only_reader(value) is None:
         return None
     for weight, offset in (node.inputs, reversed(node.inputs)):
-        if weight is not None and (cast := weight.producer()) is not None and cast.op_type == "Cast":
-            weight = cast.inputs[0]
-        constant = _channel_constant(weight, channels)
+        constant = _channel_constant(_before_cast(weight), channels)
         scalar = offset.const_value if offset is not None and offset.is_initializer() else None
         if constant is not None and scalar is not None and scalar.size == 1:
             return constant, float(scalar.numpy().reshape(()))
     return None
+
+
+def _before_cast(value: ir.Value | None) -> ir.Value | None:
+    """What is cast to `value`, if only this cast is read; else `value` itself."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or node.op_type != "Cast" or only_reader(value) is None:
+        return value
+    return node.inputs[0]
 
 
 def _producer(value: ir.Value, offset: float = 0.0) -> Producer:
@@ -104,8 +110,14 @@ def _producer(value: ir.Value, offset: float = 0.0) -> Producer:
     return Producer(initializer=value.name, axis=len(value.shape) - 1, offset=offset)
 
 
-def _site(kind: SiteKind, site_id: str, channels: int, producers: Sequence[Producer], consumers: tuple[str, ...],
-          producer_linear: str | None = None) -> FoldSite:
+def _site(
+    kind: SiteKind,
+    site_id: str,
+    channels: int,
+    producers: Sequence[Producer],
+    consumers: tuple[str, ...],
+    producer_linear: str | None = None,
+) -> FoldSite:
     return FoldSite(
         id=site_id,
         kind=kind,
@@ -143,7 +155,7 @@ def _norm_site(
     bias = None
     if node is not None and node.op_type == "Add":
         bias, product = _split_constant(node, channels)
-        if bias is None or product is None or len(product.uses()) != 1:
+        if bias is None or product is None or only_reader(product) is None:
             return None
         node = product.producer()
     if node is None or node.op_type != "Mul":
@@ -177,10 +189,10 @@ def _gated_mlp_site(
     by_output = {id(linear.output): linear for linear in linears.values()}
     for operand in node.inputs:
         up = by_output.get(id(operand))
-        if up is None or operand is None or len(operand.uses()) != 1 or operand.is_graph_output():
+        if up is None or operand is None or only_reader(operand) is None:
             continue
         parts = [part for part in (up.weight, up.bias) if part is not None]
-        if up.out_features != channels or up.transpose is not None or any(len(part.uses()) != 1 for part in parts):
+        if up.out_features != channels or up.transpose is not None or any(only_reader(part) is None for part in parts):
             continue
         return _site("gated_mlp", up.path, channels, [_producer(part) for part in parts], consumers, up.path)
     return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-__all__ = ["LinearNode", "find_linears", "name_linear_nodes"]
+__all__ = ["LinearNode", "find_linears", "name_linear_nodes", "only_reader"]
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _WRAPPER_PREFIX = "wrapped."
@@ -86,7 +86,7 @@ def find_linears(
                 else:
                     found[path] = linear
             case [_]:
-                reasons[path] = "the traced graph computes it with Gemm on a two-dimensional input"
+                reasons[path] = "the traced graph computes it with a Gemm that scales or transposes its operands"
             case several:
                 reasons[path] = f"the model calls it {len(several)} times in one pass"
     return found, reasons
@@ -112,14 +112,19 @@ def _linear_node(path: str, matmul: ir.Node, in_features: int, out_features: int
 
 
 def _bias(matmul: ir.Node, out_features: int) -> tuple[ir.Value | None, ir.Node | None]:
-    uses = matmul.outputs[0].uses()
-    if len(uses) != 1 or uses[0].node.op_type != "Add" or _module_path(uses[0].node) != _module_path(matmul):
+    add = only_reader(matmul.outputs[0])
+    if add is None or add.op_type != "Add" or _module_path(add) != _module_path(matmul):
         return None, None
-    add = uses[0].node
     for value in add.inputs:
-        if value is not None and value.is_initializer() and value.shape is not None and list(value.shape) == [out_features]:
+        if value is not None and value.is_initializer() and value.shape == [out_features]:
             return value, add
     return None, None
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that reads a value, if it reads it once and nothing else does: no other node, no output of the graph."""
+    uses = tuple(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def name_linear_nodes(linears: Mapping[str, LinearNode]) -> None:

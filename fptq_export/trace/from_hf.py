@@ -6,6 +6,7 @@ parameters; `weights.attach_weights` points the initializers at the checkpoint a
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import warnings
@@ -33,6 +34,12 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.flo
 _WRAPPER = "wrapped"
 _SAMPLE_BATCH, _SAMPLE_SEQUENCE, _SAMPLE_PAST = 2, 3, 5
 """Sample sizes: all different and above 1, so that no two dimensions are taken for one and none is specialized."""
+
+
+_ONLY_DECODERS = "export a decoder with attention in every layer"
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of a layer, each [batch, heads, past, head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,9 @@ class _FlatCausalLM(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past_key_values: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Logits [batch, sequence, vocab] and the grown cache, one (key, value) [batch, heads, total, head_dim] a layer."""
+        past_key_values: list[KeyValue],
+    ) -> tuple[torch.Tensor, list[KeyValue]]:
+        """Logits [batch, sequence, vocab], and keys and values [batch, heads, total, head_dim] of every layer."""
         cache = DynamicCache(past_key_values)
         output = self.wrapped(
             input_ids=input_ids,
@@ -75,7 +82,7 @@ class _FlatCausalLM(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+        return output.logits, _keys_and_values(cache)
 
 
 def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_code: bool = False) -> TracedModel:
@@ -94,16 +101,20 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
     Raises:
         UserError: The architecture is not a causal language model, or torch cannot trace it.
     """
+    config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     torch_dtype = TORCH_DTYPES[dtype]
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode, torch.no_grad(), _quiet():
         model = _empty_model(config, torch_dtype, trust_remote_code)
-        cache_shapes = _cache_shapes(model)
-        graph = _graph_from_module(_FlatCausalLM(model), _sample_inputs(cache_shapes, torch_dtype), len(cache_shapes))
+        with _user_errors_from_torch(model):
+            past = _sample_past(model, torch_dtype)
+            graph = _graph_from_module(_FlatCausalLM(model), _sample_inputs(past), len(past))
     _name_initializers(graph)
     _name_dimensions(graph)
-    return TracedModel(graph, _buffers(config, torch_dtype, trust_remote_code), _tied_parameters(model), _linears(model))
+    return TracedModel(
+        graph, _buffers(config, torch_dtype, trust_remote_code), _tied_parameters(model), _linears(model)
+    )
 
 
 def _empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -118,25 +129,45 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code
     return model.eval()
 
 
-def _cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(heads, head_dim) of every cached layer, read from a fake forward pass rather than from config names."""
-    ids = torch.zeros(_SAMPLE_BATCH, _SAMPLE_SEQUENCE, dtype=torch.long)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    if not isinstance(cache, DynamicCache):
+@contextmanager
+def _user_errors_from_torch(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, torch.onnx.OnnxExporterError) as error:
         raise UserError(
-            type(model).__name__, f"keeps its state in {type(cache).__name__}, not in a key-value cache",
-            "only attention decoders can be exported",
-        )
-    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
+            type(model).__name__,
+            f"torch.onnx cannot trace this architecture ({str(error).splitlines()[0]})",
+            "update torch and transformers, or report the architecture",
+        ) from error
 
 
-def _sample_inputs(cache_shapes: list[tuple[int, int]], dtype: torch.dtype) -> tuple[object, ...]:
+def _sample_past(model: nn.Module, dtype: torch.dtype) -> list[KeyValue]:
+    """A cache of every layer; heads and head sizes come from a fake forward pass rather than from config names."""
+    ids = torch.zeros(_SAMPLE_BATCH, _SAMPLE_SEQUENCE, dtype=torch.long)
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    if not isinstance(cache, DynamicCache):
+        state = "keeps no key-value cache" if cache is None else f"keeps its state in {type(cache).__name__}"
+        raise UserError(type(model).__name__, state, _ONLY_DECODERS)
+
+    def sample(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(_SAMPLE_BATCH, tensor.shape[1], _SAMPLE_PAST, tensor.shape[3], dtype=dtype)
+
+    return [(sample(keys), sample(values)) for keys, values in _keys_and_values(cache)]
+
+
+def _keys_and_values(cache: DynamicCache) -> list[KeyValue]:
+    pairs: list[KeyValue] = []
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise UserError(f"layer {index}", f"keeps its state in {type(layer).__name__}", _ONLY_DECODERS)
+        pairs.append((keys, values))
+    return pairs
+
+
+def _sample_inputs(past: list[KeyValue]) -> tuple[object, ...]:
     ids = torch.zeros(_SAMPLE_BATCH, _SAMPLE_SEQUENCE, dtype=torch.long)
     mask = torch.ones(_SAMPLE_BATCH, _SAMPLE_PAST + _SAMPLE_SEQUENCE, dtype=torch.long)
-    past = [
-        tuple(torch.zeros(_SAMPLE_BATCH, heads, _SAMPLE_PAST, head_dim, dtype=dtype) for _ in range(2))
-        for heads, head_dim in cache_shapes
-    ]
     return ids, mask, torch.zeros_like(ids), past
 
 
@@ -144,25 +175,18 @@ def _graph_from_module(module: nn.Module, sample: tuple[object, ...], layers: in
     any_size = torch.export.Dim.AUTO
     tokens = {0: any_size, 1: any_size}
     past = {0: any_size, 2: any_size}
-    try:
-        program = torch.export.export(
-            module, sample, dynamic_shapes=(tokens, tokens, tokens, [(past, past)] * layers), strict=False
-        )
-        exported = torch.onnx.export(
-            program,
-            (),
-            input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", layers)],
-            output_names=["logits", *_cache_names("present", layers)],
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-        )
-    except (RuntimeError, torch.onnx.OnnxExporterError) as error:
-        raise UserError(
-            type(module.wrapped).__name__,
-            f"torch.onnx cannot trace this architecture ({str(error).splitlines()[0]})",
-            "update torch and transformers, or report the architecture",
-        ) from error
+    program = torch.export.export(
+        module, sample, dynamic_shapes=(tokens, tokens, tokens, [(past, past)] * layers), strict=False
+    )
+    exported = torch.onnx.export(
+        program,
+        (),
+        input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", layers)],
+        output_names=["logits", *_cache_names("present", layers)],
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+    )
     if exported is None:
         raise RuntimeError("torch.onnx.export returned no program")
     return exported.model
@@ -191,7 +215,9 @@ def _name_dimensions(graph: ir.Model) -> None:
                 symbols[str(dim)] = name
     for value in _values(graph):
         if value.shape is not None:
-            value.shape = ir.Shape([dim if isinstance(dim, int) else _renamed(str(dim), symbols) for dim in value.shape])
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else _renamed(str(dim), symbols) for dim in value.shape]
+            )
 
 
 def _values(graph: ir.Model) -> Iterator[ir.Value]:

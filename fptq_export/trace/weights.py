@@ -14,10 +14,13 @@ from safetensors import safe_open
 from fptq_export.errors import UserError
 from fptq_export.graph_io import lazy_tensor
 
-__all__ = ["StoredTensor", "attach_weights", "transpose_linear_weights"]
+__all__ = ["StoredTensor", "attach_weights", "is_parameter", "transpose_linear_weights"]
 
 StoredTensor = tuple[Path, str]
 """A safetensors file and the tensor's name in it."""
+
+_KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
+"""torch's exporter notes here whether an initializer is a parameter, a buffer or a constant of the code."""
 
 _NUMPY_DTYPES: dict[ir.DataType, np.dtype[np.generic]] = {
     ir.DataType.FLOAT: np.dtype(np.float32),
@@ -47,21 +50,25 @@ def attach_weights(
     for name, value in model.graph.initializers.items():
         if value.const_value is None or value.dtype is None or value.shape is None:
             raise RuntimeError(f"initializer {name!r} has no type or shape")
-        if not _is_parameter_or_buffer(value):
+        if value.metadata_props.get(_KIND_KEY) not in ("PARAMETER", "BUFFER"):
             continue
         stored = name if name in files or name in buffers else aliases.get(name, name)
-        shape = tuple(int(dim) for dim in value.shape)
+        shape = value.shape.numpy()
         if stored in files:
             value.const_value = _tensor_from_file(name, files[stored], value.dtype, shape)
         elif stored in buffers:
             value.const_value = ir.Tensor(buffers[stored].astype(value.dtype.numpy()), dtype=value.dtype, name=name)
         else:
-            raise UserError(f"tensor {name!r}", "the traced graph reads it but no checkpoint file holds it",
-                            "check that the checkpoint is complete and belongs to this config")
+            raise UserError(
+                f"tensor {name!r}",
+                "the traced graph reads it but no checkpoint file holds it",
+                "check that the checkpoint is complete and belongs to this config",
+            )
 
 
-def _is_parameter_or_buffer(value: ir.Value) -> bool:
-    return any("InputSpec" in key for key in value.metadata_props)
+def is_parameter(value: ir.Value) -> bool:
+    """Whether an initializer is a parameter of the torch model. Needs the exporter's metadata."""
+    return value.metadata_props.get(_KIND_KEY) == "PARAMETER"
 
 
 def _tensor_from_file(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
@@ -110,7 +117,7 @@ def _transpose_initializer(value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is None or value.name is None or value.shape is None:
         raise RuntimeError(f"initializer {value.name!r} has no value")
-    rows, columns = (int(dim) for dim in value.shape)
+    rows, columns = value.shape.numpy()
     value.const_value = lazy_tensor(
         value.name, tensor.dtype, (columns, rows), lambda: np.ascontiguousarray(tensor.numpy().T)
     )

@@ -45,7 +45,7 @@ class CacheBound:
         bound = 2 sqrt(7 layers) x step x max |logit|
 
     On SmolLM2-135M (30 layers, max |logit| 38) that is 1.1 for FP16, where a correct cache was seen to differ by 0.03
-    and wrong positions by 1.5 to 4; and 8.7 for INT8 activations, where a correct cache differed by up to 3.6 and a
+    and wrong positions by 1.5 to 4; and 8.7 for INT8 activations, where a correct cache differed by up to 3.7 and a
     lost one by 18 to 45. So with INT8 this finds a lost cache, but not a subtly wrong one: rounding alone is that
     large. Prove the FP16 graph it came from as well.
 
@@ -76,7 +76,7 @@ def checked_logits(session: CausalSession, place: str, logits: NDArray[np.float3
     if not finite.all():
         count, first = tokens - int(finite.sum()), int(finite.argmin())
         cause = f"logits are NaN or infinite at {count} of {tokens} tokens, first at token {first}"
-        raise UserError(where, cause, "an FP16 overflow is the usual cause: export with --dtype bf16 or fp32")
+        raise UserError(where, cause, "an FP16 overflow is the usual cause: export with --dtype fp32")
     return np.asarray(logits[0])
 
 

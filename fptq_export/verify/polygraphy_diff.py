@@ -78,7 +78,7 @@ def diff_sessions(
     Args:
         reference: The model to be reproduced.
         candidate: The model to be judged.
-        window: int64 [S], S >= 1.
+        window: int64 [S], S >= 1. Some 64 tokens are enough: the figures hardly depend on it, time and files do.
         feed: What `save_inputs_path` is to hold: every input of the candidate's graph for this window, as
             `OnnxCausalSession.prefill_feed` gives it. Only `input_ids` when None.
         save_inputs_path: Write the feed in Polygraphy's JSON format (`--load-inputs`); ends in `.json`.

@@ -134,6 +134,7 @@ def write_graph(recipe: Recipe, directory: Path) -> LoweredGraph:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model)
     path = directory / "lowered.onnx"
+    (directory / "weights.data").unlink(missing_ok=True)  # onnx appends to a data file that is there
     onnx.save(model, str(path), save_as_external_data=True, location="weights.data", size_threshold=1024)
     return LoweredGraph(path, dict.fromkeys(recipe.linears, shape[0] * shape[1]))
 

@@ -39,7 +39,9 @@ def job(make_graph: Callable[[Recipe], LoweredGraph], make_recipe: type[Recipe],
     """A job that builds in a second."""
     graph = make_graph(make_recipe())
     profile = Profile((ShapeRange("x", (1, 1, 256), (1, 4, 256), (1, 8, 256)),))
-    return Job(Target.TENSORRT_RTX, graph.path, graph.path, tmp_path / "engine", (profile,), (), None, {})
+    return Job(
+        Target.TENSORRT_RTX, graph.path, graph.path, tmp_path / "engine", tmp_path / "log", (profile,), (), None, {}
+    )
 
 
 def start() -> subprocess.Popen[bytes]:

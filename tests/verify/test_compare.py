@@ -101,7 +101,7 @@ def test_onnx_graphs_are_compared(tiny_llama: Any) -> None:
     report = compare_sessions(
         reference, candidate, tiny_llama.ids, cache_bound=CacheBound("fp16", layers=candidate.layers)
     )
-    # With logits off by at most e: each log p by 2e, KL by e^2 / 2, and the cosine by e^2 where the rms logit is above 1.
+    # Logits off by at most e move each log p by 2e, KL by e^2 / 2, and the cosine by e^2 (the rms logit is above 1).
     assert abs(math.log1p(report.perplexity_increase)) <= 2 * FP16_LOGIT_ERROR
     assert 0.0 < report.logits.kl_mean <= FP16_LOGIT_ERROR**2 / 2
     assert 1.0 - FP16_LOGIT_ERROR**2 <= report.logits.cosine_min < 1.0

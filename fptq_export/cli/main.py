@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from fptq_export.arguments import options_from_namespace, parser_for_cli, verb_and_arguments
+from fptq_export.cli.arguments import options_from_namespace, parser_for_cli, verb_and_arguments
 from fptq_export.errors import ExitCode, FptqError, UserError
 from fptq_export.files import user_error_from_os_error
-from fptq_export.option_names import canonical_arguments
+from fptq_export.cli.option_names import canonical_arguments
 from fptq_export.verify.report import ratio_from_option
 
 __all__ = ["main"]

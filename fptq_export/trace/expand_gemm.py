@@ -1,0 +1,55 @@
+"""Write the linears that torch exports as Gemm like all others: MatMul and Add."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+__all__ = ["expand_gemm"]
+
+
+def expand_gemm(model: ir.Model) -> bool:
+    """Replace the Gemm of a linear by what torch exports for a linear with an input of three dimensions.
+
+    Rules:
+        1. `Gemm(x, W, b, transB=1)` with a constant W becomes `Add(MatMul(x, Transpose(W)), b)`; without b no Add.
+        2. A Gemm that scales or transposes anything else, or whose W is computed, is left alone.
+
+    Before: x, W [out, in], b -> Gemm. After: x, Transpose(W) -> MatMul -> Add(b). The new nodes keep the exporter's
+    metadata, which says which module they belong to.
+
+    Returns:
+        Whether anything changed.
+    """
+    linears = [node for node in model.graph if _is_linear(node)]
+    for node in linears:
+        _expand(model, node)
+    return bool(linears)
+
+
+def _is_linear(node: ir.Node) -> bool:
+    if node.op_type != "Gemm" or node.domain:
+        return False
+    get = node.attributes.get_float
+    unscaled = get("alpha", 1.0) == 1.0 and get("beta", 1.0) == 1.0
+    as_linear = node.attributes.get_int("transA", 0) == 0 and node.attributes.get_int("transB", 0) == 1
+    weight = node.inputs[1]
+    return unscaled and as_linear and weight is not None and weight.is_initializer()
+
+
+def _expand(model: ir.Model, node: ir.Node) -> None:
+    x, weight, bias = (*node.inputs, None)[:3]
+    if x is None or weight is None:
+        raise RuntimeError(f"Gemm {node.name!r} lacks an input")
+    tape = Tape()
+    y = tape.op("MatMul", [x, tape.op("Transpose", [weight], {"perm": (1, 0)})])
+    if bias is not None:
+        y = tape.op("Add", [y, bias])
+    for new in tape.nodes:
+        new.metadata_props.update(node.metadata_props)
+        new.name = f"{node.name}/{new.op_type}"
+    before = node.outputs[0]
+    y.name, y.type, y.shape = before.name, before.type, before.shape
+    model.graph.insert_before(node, tape.nodes)
+    ir.convenience.replace_all_uses_with(before, y, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)

@@ -1,0 +1,239 @@
+"""Print the perplexity of a model for every way of quantizing its activations, with float and with INT4 weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from calib.batches import CalibrationOptions, held_out_windows, token_batches
+from calib.checks import check_checkpoint
+from calib.decide import DEFAULT_EXCLUDE, PolicyOptions, decide_policy, excluded_paths
+from calib.equalize import closed_form_scale
+from calib.fake_quant import WeightPrecision, applied_policy
+from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint, tokenizer_from_checkpoint
+from calib.observe import Stats, observe
+from calib.policy_arrays import policy_arrays
+from calib.session import TorchCausalSession
+from fptq_export.errors import FptqError
+from fptq_export.policy import LayerPolicy, Policy
+from fptq_export.progress import ConsoleProgress, Progress
+from fptq_export.sites import Sites, read_sites
+from fptq_export.trace import trace
+from fptq_export.verify.perplexity import Perplexity, nll_from_logits
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of quantizing the activations."""
+
+    name: str
+    policy: Policy
+    arrays: Arrays
+    quantize_activations: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much text is used."""
+
+    calib_size: int
+    windows: int
+    seq: int
+
+
+def main() -> int:
+    """Run the ablation and print the table."""
+    options = parse_arguments()
+    console = Console(stderr=True)
+    try:
+        result = ablation(options, ConsoleProgress(console))
+    except FptqError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return int(error.exit_code)
+    Console().print(table_from_result(result))
+    for name, ratio in result["ratios"].items():
+        Console().print(f"{name}: {ratio:.3f}", markup=False)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="Hugging Face directory, hub id or .gguf file")
+    parser.add_argument("--windows", type=int, default=8, help="held-out windows (default: 8)")
+    parser.add_argument("--seq", type=int, default=512, help="tokens a window (default: 512)")
+    parser.add_argument("--calib-dataset", default="builtin", help="as fptq-export takes it (default: builtin)")
+    parser.add_argument("--calib-size", type=int, default=32, help="calibration windows (default: 32)")
+    parser.add_argument("--group-size", type=int, default=128, help="input channels a weight scale (default: 128)")
+    parser.add_argument("--weight-method", choices=("rtn", "mse"), default="rtn")
+    parser.add_argument("--v0", type=float, default=15.0)
+    parser.add_argument("--v1", type=float, default=150.0)
+    parser.add_argument("--workdir", type=Path, default=Path("work"), help="kept between runs (default: work)")
+    parser.add_argument("--json", type=Path, help="write the table here too")
+    return parser.parse_args()
+
+
+def ablation(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Calibrate, build every row, measure it with both kinds of weights."""
+    sizes = Sizes(options.calib_size, options.windows, options.seq)
+    if os.environ.get("FPTQ_SAMPLE_QUICK"):
+        sizes = Sizes(calib_size=2, windows=1, seq=128)
+    workdir = options.workdir / Path(options.model).name
+    checkpoint = checkpoint_from_model(options.model, workdir=workdir, trust_remote_code=False, progress=progress)
+    check_checkpoint(checkpoint, progress)
+    sites = traced_sites(checkpoint, workdir, progress)
+    model = model_from_checkpoint(checkpoint, torch.float32)
+    stats = calibrated_stats(checkpoint, model, sites, options.calib_dataset, sizes, progress)
+    rule = PolicyOptions(options.v0, options.v1, options.group_size, options.weight_method)
+    policy, arrays = decide_policy(sites, stats, checkpoint, rule, progress)
+    plain = with_layers(policy, static_without_equalization)
+    plain_arrays = policy_arrays(plain, sites, stats.channel_absmax, checkpoint, progress)
+    rows = [
+        Row("float", plain, plain_arrays, quantize_activations=False),
+        Row("float, equalized weights", policy, arrays, quantize_activations=False),
+        Row("naive static", plain, plain_arrays),
+        Row("FPTQ without LAE", with_layers(policy, without_equalization), plain_arrays),
+        Row("FPTQ", policy, arrays),
+        Row("per token", with_layers(policy, per_token), plain_arrays),
+    ]
+    windows = held_out_windows(tokenizer_from_checkpoint(checkpoint), sizes.windows, sizes.seq)
+    figures = figures_from_rows(rows, model, sites, windows, progress)
+    quantized = policy.quantized().values()
+    return {
+        "model": checkpoint.name,
+        "calibration": stats.description,
+        "held_out": f"{sizes.windows} x {sizes.seq} tokens",
+        "weight_method": options.weight_method,
+        "group_sizes": sorted({layer.group_size for layer in quantized if layer.group_size is not None}),
+        "layers": dict(Counter(str(layer.activation) for layer in quantized)),
+        "perplexity": figures,
+        "ratios": ratios_from_figures(figures),
+    }
+
+
+def calibrated_stats(
+    checkpoint: Checkpoint, model: PreTrainedModel, sites: Sites, dataset: str, sizes: Sizes, progress: Progress
+) -> Stats:
+    """Measure the input of every linear but the head."""
+    paths = [linear.path for linear in sites.linears]
+    excluded = excluded_paths(paths, DEFAULT_EXCLUDE)
+    options = CalibrationOptions(dataset=dataset, size=sizes.calib_size, seq=sizes.seq)
+    batches = token_batches(options, tokenizer_from_checkpoint(checkpoint), checkpoint.config.vocab_size)
+    return observe(model, batches, [path for path in paths if path not in excluded], progress)
+
+
+def figures_from_rows(
+    rows: list[Row], model: PreTrainedModel, sites: Sites, windows: NDArray[np.int64], progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Row name -> perplexity with float and with INT4 weights."""
+    with progress.task("perplexity", 2 * len(rows) * windows.size, unit="tokens") as task:
+        return {
+            row.name: {
+                "float": perplexity(model, row, sites, "float", windows, task.advance),
+                "int4": perplexity(model, row, sites, "int4", windows, task.advance),
+            }
+            for row in rows
+        }
+
+
+def traced_sites(checkpoint: Checkpoint, workdir: Path, progress: Progress) -> Sites:
+    """Find the fold sites, or take them from an earlier run."""
+    path = workdir / "sites.json"
+    if path.is_file():
+        return read_sites(path)
+    workdir.mkdir(parents=True, exist_ok=True)
+    weights = {name: (entry.file, entry.key) for name, entry in checkpoint.tensors.items()}
+    return trace(checkpoint.config, weights, "fp16", workdir / "model.onnx", path, progress)
+
+
+def with_layers(policy: Policy, change: Callable[[LayerPolicy], LayerPolicy]) -> Policy:
+    """A policy whose quantized layers are changed."""
+    layers = {path: change(layer) if layer.precision == "w4a8" else layer for path, layer in policy.layers.items()}
+    return policy.model_copy(update={"layers": layers})
+
+
+def static_without_equalization(layer: LayerPolicy) -> LayerPolicy:
+    """One INT8 scale for the tensor as it is."""
+    scale = closed_form_scale(layer.input_absmax or 0.0, equalized=False)
+    return layer.model_copy(update={"activation": "static", "activation_scale": scale})
+
+
+def without_equalization(layer: LayerPolicy) -> LayerPolicy:
+    """The tier of the rule, but never equalized."""
+    return static_without_equalization(layer) if layer.activation == "lae_static" else layer
+
+
+def per_token(layer: LayerPolicy) -> LayerPolicy:
+    """One INT8 scale a token."""
+    return layer.model_copy(update={"activation": "per_token", "activation_scale": None})
+
+
+def perplexity(
+    model: PreTrainedModel,
+    row: Row,
+    sites: Sites,
+    weights: WeightPrecision,
+    windows: NDArray[np.int64],
+    advance: Callable[[float], None],
+) -> float:
+    """Perplexity of the windows, each on its own."""
+    total = Perplexity()
+    with applied_policy(
+        model, row.policy, row.arrays, sites, weights=weights, quantize_activations=row.quantize_activations
+    ):
+        session = TorchCausalSession(model, row.name)
+        for window in np.split(windows, len(windows)):
+            logits, _ = session.prefill(window)
+            total.add(*nll_from_logits(logits, window))
+            advance(window.size)
+    return total.figures().perplexity
+
+
+def ratios_from_figures(figures: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The comparisons that say whether the method works."""
+    fptq = figures["FPTQ"]
+    return {
+        "W16A8 FPTQ / FP32": fptq["float"] / figures["float"]["float"],
+        "W4A8 FPTQ / the same weights with float activations": fptq["int4"]
+        / figures["float, equalized weights"]["int4"],
+        "W4A8 FPTQ / W4A16": fptq["int4"] / figures["float"]["int4"],
+        "W4A8 naive / W4A8 FPTQ": figures["naive static"]["int4"] / fptq["int4"],
+    }
+
+
+def table_from_result(result: dict[str, Any]) -> Table:
+    """The table that people read."""
+    layers = ", ".join(f"{count} {tier}" for tier, count in result["layers"].items())
+    table = Table(
+        title=f"{result['model']}: perplexity of {result['held_out']}",
+        caption=f"{result['calibration']}\nINT4 weights: {result['weight_method']}, group sizes "
+        f"{result['group_sizes']}\nFPTQ layers: {layers}",
+    )
+    table.add_column("activations")
+    table.add_column("FP32 weights", justify="right")
+    table.add_column("INT4 weights", justify="right")
+    for name, row in result["perplexity"].items():
+        table.add_row(name, f"{row['float']:.2f}", f"{row['int4']:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
