@@ -15,8 +15,7 @@ __all__ = ["RunOptions"]
 class RunOptions(BaseModel):
     """Options of a run, checked.
 
-    Field names are the option names of the command line (`calib_size` is `--calib-size`). Sizes are in tokens unless the
-    name says otherwise.
+    Field names are the option names of the command line: `calib_size` is `--calib-size`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

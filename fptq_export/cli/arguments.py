@@ -54,7 +54,7 @@ def parser_for_cli() -> argparse.ArgumentParser:
     """The parser; only options that are given appear in its namespace."""
     parser = _Parser(
         prog="fptq-export",
-        description="Export a Hugging Face LLM to a TensorRT engine quantized with FPTQ: INT4 weights, INT8 activations.",
+        description="Turn an LLM from Hugging Face into a TensorRT engine with FPTQ: INT4 weights, INT8 activations.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

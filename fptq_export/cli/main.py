@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from fptq_export.cli.arguments import options_from_namespace, parser_for_cli, verb_and_arguments
+from fptq_export.cli.option_names import canonical_arguments
 from fptq_export.errors import ExitCode, FptqError, UserError
 from fptq_export.files import user_error_from_os_error
-from fptq_export.cli.option_names import canonical_arguments
 from fptq_export.verify.report import ratio_from_option
 
 __all__ = ["main"]
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to go on", style="yellow")
         return ExitCode.INTERRUPTED
-    except Exception:
+    except Exception:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, shown with its traceback
         console.print(traceback.format_exc(), markup=False)
         console.print("this is a bug of fptq-export: please report it with the lines above", style="red")
         return ExitCode.BUG

@@ -1,0 +1,1 @@
+"""Package: what a run directory says about itself."""

@@ -13,6 +13,7 @@ from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpo
 from calib.observe import observe
 from calib.replay import replay_policy
 from calib.stats import read_stats, write_stats
+from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.policy import Policy, write_policy
 from fptq_export.progress import Progress
@@ -37,6 +38,11 @@ def calibrate(
     paths = [linear.path for linear in sites.linears]
     excluded = excluded_paths(paths, options.exclude)
     linears = [path for path in paths if path not in excluded]
+    if not linears:
+        reasons = "; ".join(dict.fromkeys(linear.reason for linear in sites.unmatched)) or "all are excluded"
+        raise UserError(
+            checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
+        )
     model = model_from_checkpoint(checkpoint, torch.float32)
     stats = observe(model, batches, linears, progress, options.batch_size)
     write_stats(stats, stats_path)

@@ -42,7 +42,7 @@ def print_plan(verb: str, options: RunOptions, console: Console) -> None:
 
 
 def estimated_sizes(sizes: ModelSizes, options: RunOptions) -> dict[str, tuple[str, int]]:
-    """Stage -> (main file, bytes): float weights at the graph's type, INT4 ones at half a byte plus FP16 group scales."""
+    """Stage -> (main file, bytes): float weights in the graph's type, INT4 ones at half a byte plus FP16 scales."""
     directory = RunDirectory(options.output)
     width = _BYTES[options.dtype]
     packed = int(sizes.quantized * (0.5 + 2 / options.group_size))

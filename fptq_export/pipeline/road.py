@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -24,11 +24,11 @@ from fptq_export.files import remove_partial_files, write_json_model
 from fptq_export.graph_io import data_path
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
-from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.sites import Sites, read_sites
-from fptq_export.pipeline.stages import Stage, StageRunner
 
 if TYPE_CHECKING:
     from calib.load import Checkpoint
@@ -46,7 +46,11 @@ VERBS: Mapping[str, tuple[str, ...]] = {
 }
 """Stages each verb runs; a verb needs the files of the stages before its own."""
 
-_GRAPH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_GRAPH_DTYPES: Mapping[str, Literal["float16", "bfloat16", "float32"]] = {
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+}
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx")
 _TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -112,7 +116,7 @@ def _manifest(options: RunOptions, command: str) -> Manifest:
 
 
 def _library_versions() -> dict[str, str]:
-    """Versions of the libraries that take part, by module; their distributions have other names (`tensorrt-rtx-cu13`)."""
+    """Versions of the libraries that take part, by module (the distribution is called `tensorrt-rtx-cu13`)."""
     distributions = packages_distributions()
     return {name: version(distributions[name][0]) for name in _LIBRARIES if name in distributions}
 
@@ -223,7 +227,10 @@ class _Road:
                 trust_remote_code=self._options.trust_remote_code,
             )
 
-        parts = {**self._option_parts("dtype"), "libraries": [_library_versions()[name] for name in ("torch", "transformers")]}
+        parts = {
+            **self._option_parts("dtype"),
+            "libraries": [_library_versions()[name] for name in ("torch", "transformers")],
+        }
         self._stage(
             "trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run
         )

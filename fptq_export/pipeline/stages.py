@@ -69,7 +69,7 @@ class StageRunner:
 
     def run(self, stage: Stage) -> StageRecord:
         """Run a stage, or skip it. Returns its record."""
-        self._producers.update({path: stage for path in stage.outputs})
+        self._producers.update(dict.fromkeys(stage.outputs, stage))
         inputs = tuple(self._input_record(stage, path) for path in stage.inputs)
         key = self._key(stage, inputs)
         known = self.manifest.stages.get(stage.name)

@@ -57,3 +57,6 @@ def _should_fold(node: ir.Node) -> bool | None:
 def strip_trace_metadata(model: ir.Model) -> None:
     """Remove the exporter's notes (stack traces, module scopes) once the sites have been read from them."""
     common.ClearMetadataAndDocStringPass()(model)
+    outputs = (output for node in model.graph for output in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
+        value.metadata_props.clear()

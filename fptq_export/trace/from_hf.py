@@ -23,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from fptq_export.errors import UserError
 
@@ -50,7 +51,7 @@ class TracedModel:
         graph: Initializers named by torch path (`model.layers.0.self_attn.q_proj.weight`), without values.
         buffers: Values of buffers that no checkpoint holds (rotary frequencies), by torch path.
         tied: Parameter path -> path of the parameter it shares storage with.
-        linears: Every `nn.Linear` of the model, torch path -> (in_features, out_features).
+        linears: Every linear of the model, torch path -> (in_features, out_features).
     """
 
     graph: ir.Model
@@ -252,11 +253,13 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {
-        path: (module.in_features, module.out_features)
+    """Every `nn.Linear`, and GPT-2's `Conv1D`, which stores its weight [in, out]."""
+    shapes = {
+        path: tuple(module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
     }
+    return {path: (in_features, out_features) for path, (in_features, out_features) in shapes.items()}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.pipeline.conftest import SMALL, Command, Outcome
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
 def assert_user_error(outcome: Outcome, *fragments: str) -> None:
@@ -43,6 +43,12 @@ def edit_weight(directory: Path, name: str, value: float) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def remove_tokenizer(directory: Path) -> None:
+    """Leave the weights and the config only."""
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
 def truncate(directory: Path) -> None:
     """Cut the weights file in half."""
     path = directory / "model.safetensors"
@@ -59,10 +65,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "NaN weight": (lambda model: edit_weight(model, WEIGHT, float("nan")), (WEIGHT, "NaN")),
     "infinite weight": (lambda model: edit_weight(model, WEIGHT, float("inf")), (WEIGHT,)),
     "weight too large for FP16": (lambda model: edit_weight(model, WEIGHT, 1e6), (WEIGHT, "bf16")),
-    "tokenizer missing": (
-        lambda model: [path.unlink() for path in model.glob("tokenizer*")] and None,
-        ("tokenizer",),
-    ),
+    "tokenizer missing": (remove_tokenizer, ("tokenizer",)),
     "encoder": (lambda model: edit_config(model, model_type="bert", architectures=["BertModel"]), ("bert",)),
 }
 
@@ -85,18 +88,41 @@ def test_no_valid_group_size_is_refused(make_model_dir: Any, tmp_path: Path, com
 
     model = make_model_dir(
         LlamaConfig(
-            hidden_size=40, num_hidden_layers=1, num_attention_heads=5, num_key_value_heads=5, intermediate_size=56,
-            vocab_size=512, tie_word_embeddings=False, head_dim=8,
+            hidden_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            intermediate_size=56,
+            vocab_size=512,
+            tie_word_embeddings=False,
+            head_dim=8,
         )
     )
     assert_user_error(command(model, "-o", tmp_path / "run", *SMALL), "group size")
+
+
+def test_a_model_without_a_linear_to_quantize_is_refused_before_calibration(
+    make_model_dir: Any, tmp_path: Path, command: Command
+) -> None:
+    """GPT-2 computes its linears as Conv1D: the reason is given, and no statistics are collected."""
+    from transformers import GPT2Config
+
+    model = make_model_dir(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=512, n_positions=128))
+    assert_user_error(command(model, "-o", tmp_path / "run", *SMALL), "no layer can be quantized", "Gemm")
+    assert not (tmp_path / "run" / "stats.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "fragment"), [("", "text.txt"), ("too short", "text.txt")], ids=["empty", "shorter than a window"]
 )
 def test_calibration_text_without_a_window_is_refused(
-    content: str, fragment: str, finished_run: Path, tiny_llama_dir: Path, run_copy: Path, tmp_path: Path, command: Command
+    content: str,
+    fragment: str,
+    finished_run: Path,
+    tiny_llama_dir: Path,
+    run_copy: Path,
+    tmp_path: Path,
+    command: Command,
 ) -> None:
     """Empty or too short text stops calibration; what earlier stages wrote stays."""
     text = tmp_path / "text.txt"
@@ -116,7 +142,7 @@ def test_an_unknown_dataset_names_the_valid_ones(tiny_llama_dir: Path, run_copy:
 def test_a_full_disk_is_reported_and_the_run_resumes(
     target: str, tiny_llama_dir: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No space left while a large file is written: the message says so, no file has its final name, a rerun completes."""
+    """No space left while a large file is written: the message says so, nothing is half-written, a rerun completes."""
     run = tmp_path / "run"
     write = ir.external_data.convert_tensors_to_external
 
@@ -170,8 +196,13 @@ def test_an_unwritable_output_is_refused(tiny_llama_dir: Path, command: Command)
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_a_wrong_value_is_refused_by_option_name(
-    words: tuple[str, ...], fragments: tuple[str, ...], tiny_llama_dir: Path, run_copy: Path, tmp_path: Path,
-    command: Command, monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    fragments: tuple[str, ...],
+    tiny_llama_dir: Path,
+    run_copy: Path,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error names the option and, where there is a list, what it takes."""
     monkeypatch.chdir(tmp_path)
@@ -207,8 +238,7 @@ def test_a_policy_that_contradicts_the_graph_is_refused(tiny_llama_dir: Path, ru
 
 def test_random_tokens_need_no_tokenizer(tiny_llama_copy: Path, tmp_path: Path, command: Command) -> None:
     """Data-free calibration works on a checkpoint without a tokenizer when nothing else reads text."""
-    for path in tiny_llama_copy.glob("tokenizer*"):
-        path.unlink()
+    remove_tokenizer(tiny_llama_copy)
     words = ("-o", tmp_path / "run", "--calib-dataset", "random", "--no-verify", *SMALL)
     assert command(tiny_llama_copy, *words).code == 0
 

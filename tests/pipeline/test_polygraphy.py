@@ -18,7 +18,7 @@ LEAST_COSINE = "0.999"
 
 def polygraphy(*words: str, directory: Path) -> str:
     """Run the command and return its output."""
-    command = [Path(sys.executable).with_name("polygraphy"), *words]
+    command = [str(Path(sys.executable).with_name("polygraphy")), *words]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -29,7 +29,13 @@ def test_polygraphy_compares_the_two_forms(finished_run: Path, tmp_path: Path) -
     run = finished_run / "run"
     common = ("--onnxrt", "--input-shapes", *SHAPES, "--val-range", "input_ids:[0,511]", "attention_mask:[1,1]")
     polygraphy(
-        "run", str(run / "model.qdq.onnx"), *common, "--save-inputs", "in.json", "--save-outputs", "ref.json",
+        "run",
+        str(run / "model.qdq.onnx"),
+        *common,
+        "--save-inputs",
+        "in.json",
+        "--save-outputs",
+        "ref.json",
         directory=tmp_path,
     )
     output = polygraphy(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -79,7 +78,12 @@ def test_both_graphs_read_one_data_file(finished_run: Path) -> None:
     """The Q/DQ form costs no second copy of the weights."""
     for name in ("model.qdq.onnx", "model.w4a8.onnx"):
         proto = onnx.load(finished_run / "run" / name, load_external_data=False)
-        locations = {entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+        locations = {
+            entry.value
+            for tensor in proto.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
         assert locations == {"model.w4a8.onnx.data"}
 
 
@@ -97,7 +101,12 @@ def test_another_threshold_keeps_trace_and_statistics(run_copy: Path, tiny_llama
     """A change of the rule runs policy and what follows it, not calibration."""
     outcome = command(tiny_llama_dir, "-o", run_copy, "--v0", "0.5", *SMALL)
     assert outcome.code == 0
-    assert [line.split(":")[0] for line in outcome.err.splitlines() if "up to date" in line] == ["load", "trace", "calibrate", "package"]
+    assert [line.split(":")[0] for line in outcome.err.splitlines() if "up to date" in line] == [
+        "load",
+        "trace",
+        "calibrate",
+        "package",
+    ]
     assert '"lae_static"' in (run_copy / "policy.json").read_text()
 
 
@@ -109,7 +118,9 @@ def test_no_keep_removes_the_large_intermediate_files(run_copy: Path, tiny_llama
     assert command(tiny_llama_dir, "-o", run_copy, "--no-keep", *SMALL).err.count("up to date") == 7
 
 
-def test_an_edited_policy_is_replayed_without_calibration(run_copy: Path, tiny_llama_dir: Path, command: Command) -> None:
+def test_an_edited_policy_is_replayed_without_calibration(
+    run_copy: Path, tiny_llama_dir: Path, command: Command
+) -> None:
     """Per-token o_proj in the file becomes per-token o_proj in the graph; the statistics are not needed."""
     edited_policy(run_copy / "policy.json", activation="per_token", activation_scale=None)
     (run_copy / "stats.safetensors").unlink()
@@ -166,7 +177,7 @@ def test_verbs_build_the_same_road_one_part_at_a_time(
 
 
 def test_a_verb_without_its_input_names_the_file(tmp_path: Path, tiny_llama_dir: Path, command: Command) -> None:
-    """rewrite before calibrate says which file is missing."""
+    """Rewrite before calibrate says which file is missing."""
     assert command("trace", tiny_llama_dir, "-o", tmp_path, *SMALL).code == 0
     outcome = command("rewrite", tmp_path)
     assert outcome.code == 1
@@ -205,11 +216,13 @@ def test_a_run_killed_before_any_rename_leaves_nothing_half_written_and_resumes(
     run, engine = tmp_path / "run", tmp_path / "out.plan"
     words = [str(tiny_llama_dir), "-o", str(run), "--engine", str(engine), *SMALL]
     for name in RENAMED:
-        killed = subprocess.run([sys.executable, "-c", KILL_BEFORE_RENAME, name, *words], capture_output=True, check=False)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILL_BEFORE_RENAME, name, *words], capture_output=True, check=False
+        )
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
         final = engine if name == engine.name else run / name
         assert not final.exists(), name
     assert command(*words).code == 0
     assert {path.name for path in run.iterdir()} - {".lock"} == FILES
-    assert not [path for path in os.listdir(tmp_path) if "partial" in path]
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
     assert (run / "policy.safetensors").read_bytes() == (finished_run / "run" / "policy.safetensors").read_bytes()

@@ -34,12 +34,12 @@ class Workshop:
         return StageRunner(self.directory, read_manifest(self.directory) or EMPTY, Console(quiet=True))
 
     def copy(self, parts: Mapping[str, Any] | None = None, edited: tuple[Path, str] | None = None) -> Stage:
-        """source -> middle."""
+        """Source -> middle."""
         work = self._work("copy", lambda: self.middle.write_text(self.source.read_text()))
         return Stage("copy", parts or {}, (self.source,), (self.middle,), work, edited)
 
     def double(self) -> Stage:
-        """middle -> final."""
+        """Middle -> final."""
         work = self._work("double", lambda: self.final.write_text(self.middle.read_text() * 2))
         return Stage("double", {}, (self.middle,), (self.final,), work)
 
