@@ -208,8 +208,12 @@ class _Road:
                 self._checkpoint, self._progress, dtype=_GRAPH_DTYPES[self._options.dtype], needs_tokenizer=needs_text
             )
 
+        source = Path(self._options.model)
+        # A GGUF file is converted when the checkpoint is first used, so that the time is this stage's.
+        converted = source.suffix == ".gguf" and source.is_file()
+        inputs = (source,) if converted else (*self._weight_files, *self._tokenizer_files)
         parts = {**self._option_parts("dtype"), "needs_text": needs_text}
-        self._stage("load", parts, (*self._weight_files, *self._tokenizer_files), (), run)
+        self._stage("load", parts, inputs, (), run)
 
     def _trace(self) -> None:
         from fptq_export.trace import trace

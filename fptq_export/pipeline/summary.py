@@ -96,8 +96,8 @@ def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
     figures = record.summary
     return [
         ("engine layers", str(figures["engine_layers"])),
-        ("quantized linears, each with its INT4 constant in a layer", str(figures["quantized_linears"])),
-        ("of these dequantized in a layer of their own (slower)", str(len(figures["unfused"]))),
+        ("quantized linears found in the engine, as INT4", str(figures["quantized_linears"])),
+        ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
         ("built with", f"{figures['target']} {figures['library_version']}"),
     ]
 
