@@ -45,9 +45,13 @@ class CalibrationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, least in (("size", self.size, 1), ("seq", self.seq, 2), ("batch-size", self.batch_size, 0)):
+        for name, value, least in (
+            ("calib-size", self.size, 1),
+            ("calib-seq", self.seq, 2),
+            ("batch-size", self.batch_size, 0),
+        ):
             if value < least:
-                raise UserError(f"--calib-{name}", f"must be at least {least}, got {value}", "give a larger number")
+                raise UserError(f"--{name}", f"must be at least {least}, got {value}", "give a larger number")
         if self.seed < 0:
             raise UserError("--seed", f"must not be negative, got {self.seed}", "give a number from 0 on")
 
@@ -189,7 +193,7 @@ def _windows_from_npz(path: Path, seq: int) -> NDArray[np.int64]:
 
 def _read_input_ids(path: Path) -> NDArray[Any]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             ids: NDArray[Any] = arrays["input_ids"]
     except FileNotFoundError:
         raise UserError(str(path), "no such file", SOURCES_HINT) from None

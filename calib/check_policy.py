@@ -16,6 +16,7 @@ from fptq_export.sites import FoldSite, Linear, Sites
 __all__ = ["policy_problems"]
 
 _FLOAT_LAYER_FIELDS = ("activation", "activation_scale", "group_size", "weight_method")
+_SMALLEST_SCALE, _LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _W4A8_FIELDS = ("activation", "group_size", "weight_method")
 
 
@@ -103,7 +104,7 @@ def _scale_problems(layer: LayerPolicy, linear: Linear, scale: float, measured: 
     if layer.activation == "per_token":
         yield _problem(linear.path, "activation_scale", "per_token computes its scales at run time: set it to null")
         return
-    if not np.finfo(np.float32).tiny <= scale <= np.finfo(np.float32).max:
+    if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
         yield _problem(linear.path, "activation_scale", f"{scale} is not a normal float32")
         return
     equalized = layer.activation == "lae_static"

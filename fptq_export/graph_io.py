@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fptq_export.errors import UserError
+from fptq_export.errors import FptqError, UserError
 from fptq_export.files import atomic_path
 
 __all__ = ["DATA_SUFFIX", "data_path", "lazy_tensor", "load_graph", "save_graph", "write_weights"]
@@ -104,6 +104,19 @@ def write_weights(model: ir.Model, target: Path, on_tensor: OnTensor | None = No
 
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write the graph itself in one step; external weights stay where they are, beside it."""
-    proto = ir.to_proto(model)
+    proto = _proto_from_graph(model)
     with atomic_path(path) as partial:
         onnx.save(proto, str(partial), format="protobuf")
+
+
+def _proto_from_graph(model: ir.Model) -> onnx.ModelProto:
+    try:
+        return ir.to_proto(model)
+    except ir.serde.SerdeError as error:
+        # The library wraps what a lazy tensor raises, once for each level of the graph.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, FptqError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None

@@ -87,6 +87,8 @@ class CheckInvariants(ir.passes.InPlacePass):
                     faults.append(
                         f"{path}: {name!r} is {list(value.shape)} with {len(value.uses())} readers, not {shape}"
                     )
+                elif (value.dtype == ir.DataType.INT4) != name.endswith(".weight_codes"):
+                    faults.append(f"{path}: {name!r} is {value.dtype}")
         for name, value in model.graph.initializers.items():
             if value.dtype == ir.DataType.INT4 and name not in expected:
                 faults.append(f"{name!r} is INT4 but belongs to no quantized linear")
@@ -132,7 +134,9 @@ def _activation(linear: ir.Node) -> str:
 
 def _scale(value: ir.Value | None) -> str:
     tensor = value.const_value if value is not None else None
-    return f"scale {tensor.numpy().reshape(-1)[0]}" if tensor is not None and tensor.size == 1 else "by no constant scale"
+    return (
+        f"scale {tensor.numpy().reshape(-1)[0]}" if tensor is not None and tensor.size == 1 else "by no constant scale"
+    )
 
 
 def _name_faults(model: ir.Model) -> list[str]:

@@ -22,7 +22,8 @@ class FoldEqualization(ir.passes.InPlacePass):
     """Divide the producers of each equalized site by s and multiply its consumers' input rows by s.
 
     Rules:
-        1. A producer w becomes w / s along its channel axis; with an offset c (Gemma) it becomes (w + c) / s - c.
+        1. A producer w becomes w / s along its channel axis; with an offset c (Gemma) it becomes (w + c) / s - c,
+           stored in the type it is cast to before c is added: near -c FP16 keeps too few digits of (w + c) / s.
         2. The weight of every linear that reads the site, quantized or not, has its input rows multiplied by s.
         3. A weight that something else reads too (tied to an embedding) is cloned for the linear, never changed.
         4. Sites that are not equalized, and every other initializer, are left alone.
@@ -59,11 +60,29 @@ class FoldEqualization(ir.passes.InPlacePass):
         for site_id, scale in self._equalization.items():
             site = self._sites.site(site_id)
             for producer in site.producers:
-                _divide(model.graph.initializers[producer.initializer], producer, scale, site)
+                value = model.graph.initializers[producer.initializer]
+                if producer.offset:
+                    _widen(model, value)
+                _divide(value, producer, scale, site)
             for path in site.consumers:
                 linear = self._sites.linear(path)
                 _multiply_rows(model, nodes[linear.node], linear, scale, site)
         return ir.passes.PassResult(model, modified=bool(self._equalization))
+
+
+def _widen(model: ir.Model, value: ir.Value) -> None:
+    """Store an initializer in the type that its only reader casts it to, and drop the Cast."""
+    tensor = value.const_value
+    uses = tuple(value.uses())
+    if tensor is None or len(uses) != 1 or uses[0].node.op_type != "Cast":
+        return
+    cast = uses[0].node
+    dtype = ir.DataType(cast.attributes.get_int("to"))
+    shape = tuple(tensor.shape.numpy())
+    value.const_value = lazy_tensor(value.name or "", dtype, shape, lambda: tensor.numpy().astype(dtype.numpy()))
+    value.type = ir.TensorType(dtype)
+    ir.convenience.replace_all_uses_with(cast.outputs[0], value)
+    model.graph.remove(cast, safe=True)
 
 
 def _divide(value: ir.Value, producer: Producer, scale: Real, site: FoldSite) -> None:

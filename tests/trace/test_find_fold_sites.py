@@ -127,7 +127,7 @@ def test_every_reader_of_a_site_is_its_consumer() -> None:
 
 MUST_REFUSE = {
     "residual taken after the norm": ("x = Mul(u, w) m = MatMul(x, P) y = Add(m, x)", "also read by Add"),
-    "right operand of another MatMul": (
+    "reshaped for something else": (
         "x = Mul(u, w) y = MatMul(x, W) t = Reshape(x, shape) z = MatMul(r, t)",
         "also read by Reshape",
     ),

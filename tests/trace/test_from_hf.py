@@ -113,13 +113,13 @@ def test_linears_of_a_half_graph_are_half(llama_fp16: Traced) -> None:
     assert set(dtypes.values()) == {ir.DataType.FLOAT16}
 
 
-def test_bfloat16_trace_runs(tiny_llama_dir: Path) -> None:
+def test_bfloat16_trace_runs(llama_fp32: Traced) -> None:
     """A BF16 graph has BF16 weights, cache and logits, and its weights are those of the checkpoint, rounded."""
-    traced = traced_once(tiny_llama_dir, "bf16")
+    traced = traced_once(llama_fp32.checkpoint, "bf16")
     graph = load_graph(traced.model).graph
     assert graph.outputs[0].dtype == ir.DataType.BFLOAT16
     weight = graph.initializers["model.layers.0.mlp.up_proj.weight"].const_value
-    exact = load_graph(traced_once(tiny_llama_dir, "fp32").model).graph.initializers
+    exact = load_graph(llama_fp32.model).graph.initializers
     reference = exact["model.layers.0.mlp.up_proj.weight"].const_value
     assert weight is not None
     assert reference is not None

@@ -1,0 +1,206 @@
+"""Calibration keeps exact maxima of exactly the inputs that linears read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch import nn
+
+import calib.observe
+from calib.batches import CalibrationOptions, TokenBatches, token_batches
+from calib.load import Checkpoint, model_from_checkpoint
+from calib.observe import Stats, observe, read_stats, write_stats
+from fptq_export.errors import UserError
+from fptq_export.progress import NoProgress
+from fptq_export.sites import Sites
+from tests.support.checkpoints import CountingProgress
+
+LAYERS, WINDOWS, SEQ = 2, 6, 16
+
+
+def random_tokens(seed: int = 0, size: int = WINDOWS) -> TokenBatches:
+    return token_batches(CalibrationOptions(dataset="random", size=size, seq=SEQ, seed=seed), None, 512)
+
+
+@pytest.fixture
+def model(llama: Checkpoint) -> Any:
+    return model_from_checkpoint(llama, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def paths(sites: Sites) -> list[str]:
+    return [linear.path for linear in sites.linears if linear.path != "lm_head"]
+
+
+def same(first: Stats, second: Stats) -> bool:
+    return all(np.array_equal(first.channel_absmax[path], second.channel_absmax[path]) for path in first.channel_absmax)
+
+
+def test_maxima_are_those_of_every_input_seen(model: Any, paths: list[str]) -> None:
+    """Bit for bit the largest |x| of each channel, taken from a record of every input."""
+    batches = random_tokens()
+    record: dict[str, list[NDArray[np.float32]]] = {path: [] for path in paths}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, inputs, path=path: record[path].append(inputs[0].numpy().copy())
+        )
+        for path in paths
+    ]
+    with torch.inference_mode():
+        for ids in torch.from_numpy(batches.tokens).split(2):
+            model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    stats = observe(model, batches, paths, NoProgress(), batch_size=2)
+    assert list(stats.channel_absmax) == paths
+    assert stats.tokens == WINDOWS * SEQ
+    for path in paths:
+        inputs = np.concatenate([x.reshape(-1, x.shape[-1]) for x in record[path]])
+        assert stats.channel_absmax[path].dtype == np.float32
+        assert np.array_equal(stats.channel_absmax[path], np.abs(inputs).max(axis=0)), path
+
+
+def test_negative_extremes_count(model: Any, paths: list[str]) -> None:
+    """A channel whose largest magnitude is negative is not missed: negating the embedding's norm changes nothing."""
+    stats = observe(model, random_tokens(), paths[:3], NoProgress(), batch_size=1)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.neg_()
+    assert same(stats, observe(model, random_tokens(), paths[:3], NoProgress(), batch_size=1))
+
+
+def test_merging_two_runs_is_one_run_over_both(model: Any, paths: list[str]) -> None:
+    """Max of maxima: statistics of two halves merge to those of the whole, in either order."""
+    whole = random_tokens()
+    halves = [TokenBatches(tokens, "half", "") for tokens in np.split(whole.tokens, 2)]
+    first, second = (observe(model, half, paths, NoProgress(), batch_size=1) for half in halves)
+    together = observe(model, whole, paths, NoProgress(), batch_size=1)
+    assert same(first.merge(second), together)
+    assert same(second.merge(first), together)
+    assert first.merge(second).tokens == together.tokens
+    assert not same(first, together)
+
+
+def test_shared_inputs_are_reduced_once(model: Any, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v read one tensor, gate and up another: four reductions a layer and pass, not seven."""
+    calls = 0
+    reduce = calib.observe._channel_absmax
+
+    def counting(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return reduce(x)
+
+    monkeypatch.setattr(calib.observe, "_channel_absmax", counting)
+    observe(model, random_tokens(), paths, NoProgress(), batch_size=WINDOWS)
+    assert calls == 4 * LAYERS
+
+
+def test_head_does_not_run_unless_it_is_observed(model: Any, paths: list[str]) -> None:
+    """The head costs a quarter of a small model: it runs only when its input is asked for."""
+    ran = 0
+
+    def count(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+
+    model.lm_head.register_forward_pre_hook(count)
+    observe(model, random_tokens(), paths, NoProgress())
+    assert ran == 0
+    stats = observe(model, random_tokens(), [*paths, "lm_head"], NoProgress(), batch_size=WINDOWS)
+    assert ran == 1
+    assert stats.channel_absmax["lm_head"].shape == (64,)
+
+
+def test_progress_counts_tokens(model: Any, paths: list[str]) -> None:
+    """The bar ends where it said it would, also when the last batch is smaller."""
+    progress = CountingProgress()
+    observe(model, random_tokens(), paths, progress, batch_size=4)
+    assert progress.done == progress.totals == {"calibrate": WINDOWS * SEQ}
+
+
+def hooks(model: nn.Module) -> Iterator[object]:
+    for module in model.modules():
+        yield from module._forward_pre_hooks.values()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_activation_that_is_not_finite_names_its_layer(model: Any, paths: list[str], value: float) -> None:
+    """A NaN or Inf stops calibration at the first linear that reads it, and no hook stays behind."""
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[5] = value
+    with pytest.raises(UserError, match="NaN or Inf") as error:
+        observe(model, random_tokens(), paths, NoProgress())
+    assert error.value.where == "layer model.layers.1.mlp.gate_proj"
+    assert list(hooks(model)) == []
+
+
+def test_linear_that_never_runs_is_refused(model: Any, paths: list[str]) -> None:
+    """A linear without an input has no range: it is named rather than given zeros."""
+    model.model.unused = nn.Linear(64, 64)
+    with pytest.raises(UserError, match="never ran") as error:
+        observe(model, random_tokens(), [*paths, "model.unused"], NoProgress())
+    assert error.value.where == "layer model.unused"
+
+
+def test_observing_leaves_the_model_as_it_was(model: Any, paths: list[str]) -> None:
+    """Weights and outputs are the same afterwards, and no hook stays behind."""
+    ids = torch.from_numpy(random_tokens().tokens)
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+        observe(model, random_tokens(), paths, NoProgress())
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert list(hooks(model)) == []
+
+
+def test_statistics_of_different_models_do_not_merge() -> None:
+    """Other layers or other shapes are refused, with the layer that differs."""
+    stats = Stats({"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}, 1, "x")
+    for other in ({"a": np.ones(4, np.float32)}, {**stats.channel_absmax, "b": np.ones(8, np.float32)}):
+        with pytest.raises(UserError, match="layer b"):
+            stats.merge(Stats(other, 1, "y"))
+
+
+def test_statistics_are_read_back_equal(tmp_path: Path) -> None:
+    """File and memory agree, and equal statistics give equal bytes."""
+    stats = Stats({"b.c": np.array([1.5, 0.0], np.float32), "a": np.array([3e38], np.float32)}, 7, "two words, ü")
+    for name in ("first", "second"):
+        write_stats(stats, tmp_path / name)
+    again = read_stats(tmp_path / "first")
+    assert same(stats, again)
+    assert again.channel_absmax.keys() == stats.channel_absmax.keys()
+    assert (again.tokens, again.description) == (stats.tokens, stats.description)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut off", "other tensors", "other version"])
+def test_file_that_is_no_statistics_is_refused(tmp_path: Path, kind: str) -> None:
+    """Whatever is wrong with the file, one error names it and the way back."""
+    path = tmp_path / "stats.safetensors"
+    write_stats(Stats({"a": np.ones(4, np.float32)}, 1, "x"), path)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut off":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif kind == "other tensors":
+        save_file({"a": np.ones(4, np.float32)}, path)
+    else:
+        path.write_bytes(path.read_bytes().replace(b'schema_version\\":1', b'schema_version\\":9'))
+    with pytest.raises(UserError, match="calibrat") as error:
+        read_stats(path)
+    assert error.value.where == str(path)
+
+
+def test_unobserved_layer_has_no_range() -> None:
+    """Asking for a layer that was not observed is an error, not zero."""
+    with pytest.raises(UserError, match="layer b"):
+        Stats({"a": np.ones(4, np.float32)}, 1, "x").absmax("b")

@@ -1,0 +1,99 @@
+"""Tiny traced models with policies that use every tier, and what the rewrites make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fptq_export.policy import Policy, PolicyArrays
+from fptq_export.progress import NoProgress
+from fptq_export.rewrite import RewritePaths, lower_for_tensorrt, rewrite
+from tests.support.policies import measured_absmax, mixed_tiers, rtn_policy
+from tests.support.models import model_once, tiny_gemma, tiny_llama, tiny_opt
+from tests.support.traced import Traced, traced_once
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    ModelDirFactory = Callable[[PretrainedConfig], Path]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model, the policy it was given, and the three graphs that come out."""
+
+    traced: Traced
+    policy: Policy
+    arrays: PolicyArrays
+    qdq: Path
+    w4a8: Path
+    lowered: Path
+
+
+@pytest.fixture(scope="session")
+def ids() -> NDArray[np.int64]:
+    """Tokens to calibrate with and to compare on, [2, 8]."""
+    return np.random.default_rng(7).integers(0, 512, (2, 8))
+
+
+@pytest.fixture(scope="session")
+def llama_fp32(make_model_dir: ModelDirFactory) -> Traced:
+    """RMSNorm, gated MLP, grouped-query attention, untied head."""
+    return traced_once(model_once(make_model_dir, tiny_llama()), "fp32")
+
+
+@pytest.fixture(scope="session")
+def llama_fp16(make_model_dir: ModelDirFactory) -> Traced:
+    """The same in FP16."""
+    return traced_once(model_once(make_model_dir, tiny_llama()), "fp16")
+
+
+@pytest.fixture(scope="session")
+def opt_fp32(make_model_dir: ModelDirFactory) -> Traced:
+    """LayerNorm with bias, ReLU MLP on two-dimensional tensors, biases, tied head."""
+    return traced_once(model_once(make_model_dir, tiny_opt()), "fp32")
+
+
+@pytest.fixture(scope="session")
+def gemma_fp32(make_model_dir: ModelDirFactory) -> Traced:
+    """Norms that multiply by 1 + w, tied head; one layer."""
+    return traced_once(model_once(make_model_dir, tiny_gemma()), "fp32")
+
+
+@pytest.fixture(scope="session")
+def llama_rewritten(
+    llama_fp32: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory
+) -> Rewritten:
+    """LLaMA in FP32; the head stays float."""
+    return _rewritten(llama_fp32, ids, tmp_path_factory.mktemp("llama-fp32"), exclude=("lm_head",))
+
+
+@pytest.fixture(scope="session")
+def llama_rewritten_fp16(
+    llama_fp16: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory
+) -> Rewritten:
+    """LLaMA in FP16; the head stays float."""
+    return _rewritten(llama_fp16, ids, tmp_path_factory.mktemp("llama-fp16"), exclude=("lm_head",))
+
+
+@pytest.fixture(scope="session")
+def opt_rewritten(opt_fp32: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> Rewritten:
+    """OPT in FP32, the tied head quantized too."""
+    return _rewritten(opt_fp32, ids, tmp_path_factory.mktemp("opt-fp32"), exclude=())
+
+
+def _rewritten(traced: Traced, ids: NDArray[np.int64], directory: Path, exclude: tuple[str, ...]) -> Rewritten:
+    absmax = measured_absmax(traced, ids)
+    tiers = mixed_tiers(traced.sites, exclude)
+    policy, arrays = rtn_policy(traced, directory / "policy.json", tiers, absmax)
+    names = ("model.qdq.onnx", "model.w4a8.onnx", "model.lowered.onnx")
+    qdq, w4a8, lowered = (directory / name for name in names)
+    rewrite(RewritePaths(traced.model, qdq, w4a8), traced.sites, policy, arrays, NoProgress())
+    lower_for_tensorrt(w4a8, lowered)
+    return Rewritten(traced, policy, arrays, qdq, w4a8, lowered)

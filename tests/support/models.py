@@ -1,0 +1,67 @@
+"""Checkpoints of tiny random models, each made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["model_once", "tiny_gemma", "tiny_llama", "tiny_opt"]
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
+_SPREAD = 0.15
+"""Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits. With transformers' 0.02 the
+logits are those of the embedding, and a layer could be wrong unseen."""
+
+_directories: dict[str, Path] = {}
+
+
+def model_once(make_model_dir: Callable[[PretrainedConfig], Path], config: PretrainedConfig) -> Path:
+    """The directory of a model, made with the first call for its config."""
+    key = config.to_json_string()
+    if key not in _directories:
+        _directories[key] = make_model_dir(config)
+    return _directories[key]
+
+
+def tiny_llama() -> PretrainedConfig:
+    """RMSNorm, gated MLP, grouped-query attention, untied head; two layers."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        **_SIZES,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        initializer_range=_SPREAD,
+    )
+
+
+def tiny_opt() -> PretrainedConfig:
+    """LayerNorm with bias, ReLU MLP on two-dimensional tensors, biases, tied head; two layers."""
+    from transformers import OPTConfig
+
+    return OPTConfig(**_SIZES, num_hidden_layers=2, ffn_dim=128, word_embed_proj_dim=64, init_std=_SPREAD)
+
+
+def tiny_gemma() -> PretrainedConfig:
+    """Norms that multiply by 1 + w, GELU-gated MLP, tied head; one layer."""
+    from transformers import GemmaConfig
+
+    return GemmaConfig(
+        **_SIZES,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        initializer_range=_SPREAD,
+    )
