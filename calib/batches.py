@@ -126,7 +126,7 @@ def held_out_windows(tokenizer: PreTrainedTokenizerBase, count: int, seq: int) -
     Raises:
         UserError: The held-out text has fewer windows of that length.
     """
-    windows = _cut(itertools.chain(_prompt_tokens(tokenizer, held_out_text())), seq, _start_tokens(tokenizer), count)
+    windows = _cut(iter(_text_tokens(tokenizer, held_out_text())), seq, _start_tokens(tokenizer), count)
     if len(windows) < count:
         raise UserError(
             "held-out text",
@@ -152,7 +152,7 @@ def _windows_from_text(options: CalibrationOptions, tokenizer: PreTrainedTokeniz
         documents = documents_from_source(source, options.seed)
         # A data set may have no end: it comes shuffled, and is read until there is enough.
         limit = None if Path(source).suffix in (".txt", ".jsonl") else options.size
-    tokens = (token for document in documents for token in _prompt_tokens(tokenizer, f"{document}\n\n"))
+    tokens = (token for document in documents for token in _text_tokens(tokenizer, f"{document}\n\n"))
     windows = _cut(tokens, seq, _start_tokens(tokenizer), limit)
     if len(windows) == 0:
         cause = f"too short: not even one window of {seq} tokens"
@@ -160,7 +160,7 @@ def _windows_from_text(options: CalibrationOptions, tokenizer: PreTrainedTokeniz
     return windows
 
 
-def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids
 

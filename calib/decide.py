@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from calib.observe import Stats
 from calib.policy_arrays import policy_arrays
 from calib.replay import replay_policy
 from calib.rule import tier_from_absmax
+from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy, Rule, WeightMethod, group_size_for
 from fptq_export.progress import Progress
@@ -31,7 +33,7 @@ class PolicyOptions:
     """How the rule is applied.
 
     Raises:
-        UserError: A threshold or the group size makes no sense.
+        UserError: A threshold, the group size or the method makes no sense.
     """
 
     v0: float = 15.0
@@ -42,9 +44,12 @@ class PolicyOptions:
     """Regular expressions, searched for in torch paths."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.v0 <= self.v1:
+        if not 0.0 <= self.v0 <= self.v1 < math.inf:
+            cause = f"need 0 <= v0 <= v1 < infinity, got {self.v0:g} and {self.v1:g}"
+            raise UserError("--v0, --v1", cause, "the paper has 15 and 150")
+        if self.weight_method not in WEIGHT_METHODS:
             raise UserError(
-                "--v0, --v1", f"need 0 <= v0 <= v1, got {self.v0:g} and {self.v1:g}", "the paper: 15 and 150"
+                "--weight-method", f"{self.weight_method!r} is unknown", f"use {' or '.join(WEIGHT_METHODS)}"
             )
         if self.group_size not in GROUP_SIZES:
             supported = ", ".join(map(str, GROUP_SIZES))

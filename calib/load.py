@@ -121,6 +121,9 @@ def _read_config(directory: Path, trust_remote_code: bool) -> PreTrainedConfig:
         raise UserError(str(file), f"not a usable model config ({_first_line(error)})", _config_hint(error)) from error
     if raw.get("quantization_config") is not None:
         raise UserError(str(file), "the weights are already quantized", "give the original FP16, BF16 or FP32 model")
+    if raw.get("transformers_weights") is not None:
+        cause = "it names its weight file (transformers_weights), which would bypass the checks"
+        raise UserError(str(file), cause, "rename that file to model.safetensors and remove the entry")
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         cause = f"transformers has no causal language model for model_type {config.model_type!r}"

@@ -33,7 +33,8 @@ def calibrate(
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    tokenizer = None if options.calib_dataset == "random" else tokenizer_from_checkpoint(checkpoint)
+    needs_no_text = options.calib_dataset == "random" or options.calib_dataset.endswith(".npz")
+    tokenizer = None if needs_no_text else tokenizer_from_checkpoint(checkpoint)
     batches = token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
     paths = [linear.path for linear in sites.linears]
     excluded = excluded_paths(paths, options.exclude)

@@ -231,6 +231,8 @@ def test_policy_survives_the_disk(decide: Decide, tmp_path: Path) -> None:
         ({"v0": 150.0, "v1": 15.0}, "v0 <= v1"),
         ({"v0": -1.0}, "v0 <= v1"),
         ({"v0": float("nan")}, "v0 <= v1"),
+        ({"v1": float("inf")}, "< infinity"),
+        ({"weight_method": "gptq"}, "use rtn or mse"),
         ({"group_size": 48}, "choose one of 128, 64, 32, 16"),
     ],
 )
