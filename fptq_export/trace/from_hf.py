@@ -33,6 +33,7 @@ OPSET = 21
 """First opset with INT4 and `block_size` in DequantizeLinear."""
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _WRAPPER = "wrapped"
+_MATRIX_RANK = 2
 _SAMPLE_BATCH, _SAMPLE_SEQUENCE, _SAMPLE_PAST = 2, 3, 5
 """Sample sizes: all different and above 1, so that no two dimensions are taken for one and none is specialized."""
 
@@ -108,6 +109,7 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode, torch.no_grad(), _quiet():
         model = _empty_model(config, torch_dtype, trust_remote_code)
+        _refuse_stacked_weights(model)
         with _user_errors_from_torch(model):
             past = _sample_past(model, torch_dtype)
             graph = _graph_from_module(_FlatCausalLM(model), _sample_inputs(past), len(past))
@@ -140,6 +142,17 @@ def _user_errors_from_torch(model: nn.Module) -> Iterator[None]:
             f"torch.onnx cannot trace this architecture ({str(error).splitlines()[0]})",
             "update torch and transformers, or report the architecture",
         ) from error
+
+
+def _refuse_stacked_weights(model: nn.Module) -> None:
+    """Experts that are one tensor for all of them are no linears: they would stay in float without a word."""
+    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() > _MATRIX_RANK]
+    if stacked:
+        raise UserError(
+            type(model).__name__,
+            f"holds {len(stacked)} weights of more than two dimensions ({stacked[0]}, ...), as of experts",
+            "export a dense decoder: this version would leave those weights in float",
+        )
 
 
 def _sample_past(model: nn.Module, dtype: torch.dtype) -> list[KeyValue]:
