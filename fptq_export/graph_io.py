@@ -33,10 +33,14 @@ def load_graph(path: Path) -> ir.Model:
     if not path.is_file():
         raise UserError(str(path), "no such file", "run the stage that writes it first")
     try:
-        return ir.load(str(path))
+        model = ir.load(str(path))
     except Exception as error:
         # protobuf raises a DecodeError class that differs between its C and Python implementations.
         raise UserError(str(path), f"not a readable ONNX file ({error})", "export the model again") from error
+    if not model.graph.outputs:
+        # An empty file, or one cut off between two fields, is a valid protobuf.
+        raise UserError(str(path), "not a readable ONNX file (it holds no graph)", "export the model again")
+    return model
 
 
 def lazy_tensor(

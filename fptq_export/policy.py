@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fptq_export.errors import UserError
@@ -52,7 +52,7 @@ WeightMethod = Literal["rtn", "mse"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LayerPolicy(_Model):
@@ -120,7 +120,10 @@ class PolicyArrays:
         if not path.is_file():
             raise UserError(str(path), "no such file", "keep it beside policy.json, or calibrate again")
         self.path = path
-        self._file: Any = safe_open(str(path), framework="np")
+        try:
+            self._file: Any = safe_open(str(path), framework="np")
+        except SafetensorError as error:
+            raise UserError(str(path), f"damaged ({error})", "restore it, or calibrate again") from None
         self._names = frozenset(self._file.keys())
 
     def __contains__(self, name: str) -> bool:

@@ -104,21 +104,27 @@ class StageRunner:
 
     def _input_record(self, stage: Stage, path: Path) -> FileRecord:
         name = relative_name(path, self._directory)
-        written = self._written(name)
+        written = self._written_by_another(stage, name)
         if not path.exists():
             if written is not None and written.removed:
                 return written
             raise UserError(
                 str(path), f"{stage.name} needs this file and it is missing", "run the stage that writes it"
             )
+        if written is not None and not self._is_intact(written):
+            hint = "replay it with --policy" if path.suffix == ".json" else "run the stage that writes it again"
+            raise UserError(
+                str(path), "was changed since this tool wrote it, and other files belong to what it was", hint
+            )
         known = self.manifest.stages.get(stage.name)
         earlier = next((file for file in known.inputs if file.path == name), None) if known else None
         return record_from_file(path, self._directory, written or earlier)
 
-    def _written(self, name: str) -> FileRecord | None:
-        for record in self.manifest.stages.values():
+    def _written_by_another(self, stage: Stage, name: str) -> FileRecord | None:
+        """The record of an input that another stage wrote; a policy that is replayed in place is its own output."""
+        for other, record in self.manifest.stages.items():
             for file in record.outputs:
-                if file.path == name:
+                if file.path == name and other != stage.name:
                     return file
         return None
 

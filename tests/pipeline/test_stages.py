@@ -141,6 +141,14 @@ def test_an_edit_is_not_overwritten(workshop: Workshop) -> None:
     assert workshop.middle.read_text() == "mine"
 
 
+def test_an_input_that_was_changed_by_hand_is_refused(workshop: Workshop) -> None:
+    """A stage that runs alone does not mix an edited file with others that belong to the original."""
+    workshop.run(workshop.copy(), workshop.double())
+    workshop.middle.write_text("mine")
+    with pytest.raises(UserError, match="was changed"):
+        workshop.run(workshop.double())
+
+
 def test_a_missing_input_names_the_file(workshop: Workshop) -> None:
     """A verb that runs alone says which file it needs."""
     with pytest.raises(UserError, match="middle"):

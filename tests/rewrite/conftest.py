@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import NoProgress
 from fptq_export.rewrite import RewritePaths, lower_for_tensorrt, rewrite
-from tests.support.policies import measured_absmax, mixed_tiers, rtn_policy
 from tests.support.models import model_once, tiny_gemma, tiny_llama, tiny_opt
+from tests.support.policies import measured_absmax, mixed_tiers, rtn_policy
 from tests.support.traced import Traced, traced_once
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def gemma_fp32(make_model_dir: ModelDirFactory) -> Traced:
 
 
 @pytest.fixture(scope="session")
-def llama_rewritten(
-    llama_fp32: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory
-) -> Rewritten:
+def llama_rewritten(llama_fp32: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> Rewritten:
     """LLaMA in FP32; the head stays float."""
     return _rewritten(llama_fp32, ids, tmp_path_factory.mktemp("llama-fp32"), exclude=("lm_head",))
 

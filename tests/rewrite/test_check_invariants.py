@@ -158,7 +158,9 @@ def test_each_fault_is_found(fault: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_other_tier_than_the_policys_is_found(fused: bool) -> None:
     """A layer that the policy has per token must not run static, and the reverse."""
-    with pytest.raises(PrecisionError, match=r"fc: its activations are quantized \['scale 0.02099.*\], not \['per token'\]"):
+    with pytest.raises(
+        PrecisionError, match=r"fc: its activations are quantized \['scale 0.02099.*\], not \['per token'\]"
+    ):
         _check(_model("static", fused=fused), _policy(activation="per_token", activation_scale=None))
     with pytest.raises(PrecisionError, match=r"\['per token'\], not \['scale 0.02099"):
         _check(_model("per_token", fused=fused))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -42,7 +43,7 @@ def _logits(graph: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     return logits
 
 
-def _arrays(graph: Path) -> dict[str, NDArray[np.generic]]:
+def _arrays(graph: Path) -> dict[str, NDArray[Any]]:
     values = load_graph(graph).graph.initializers
     return {name: value.const_value.numpy() for name, value in values.items() if value.const_value is not None}
 
@@ -78,7 +79,9 @@ def test_a_forgotten_bias_is_seen(opt_fp32: Traced, ids: NDArray[np.int64], tmp_
     broken = sites.model_copy(update={"fold_sites": (first.model_copy(update={"producers": first.producers[:1]}),)})
     scales = _scales(broken)
     before = _logits(opt_fp32.model, ids)
-    after = _logits(_folded(Traced(opt_fp32.model, broken, opt_fp32.checkpoint, "fp32"), scales, tmp_path / "f.onnx"), ids)
+    after = _logits(
+        _folded(Traced(opt_fp32.model, broken, opt_fp32.checkpoint, "fp32"), scales, tmp_path / "f.onnx"), ids
+    )
     assert np.abs(after - before).max() > 10 * FP32_LOGITS * np.abs(before).max()
 
 
@@ -118,9 +121,7 @@ def test_tied_head_is_cloned(opt_fp32: Traced, ids: NDArray[np.int64], tmp_path:
     outputs = {value.name for value in onnx.load(folded, load_external_data=False).graph.output}
     assert all(read & set(node.output) or outputs & set(node.output) for node in nodes)
     expected = _logits(opt_fp32.model, ids)
-    np.testing.assert_allclose(
-        _logits(folded, ids), expected, rtol=0.0, atol=FP32_LOGITS * np.abs(expected).max()
-    )
+    np.testing.assert_allclose(_logits(folded, ids), expected, rtol=0.0, atol=FP32_LOGITS * np.abs(expected).max())
 
 
 def _shared_weight() -> tuple[ir.Model, Sites]:
@@ -222,7 +223,7 @@ def test_float16_overflow_names_the_site_and_a_way_out(llama_fp16: Traced, tmp_p
     ids=["too short", "wrong rank", "zero", "negative", "NaN", "Inf"],
 )
 def test_unusable_scales_are_refused(scale: NDArray[np.float64]) -> None:
-    """s divides and multiplies: it is one positive finite number for each channel, checked before anything changes."""
+    """Scales divide and multiply: one positive finite number for each channel, checked before anything changes."""
     model, sites = _shared_weight()
     with pytest.raises(ir.passes.PreconditionError, match=r"'norm' must be 4 positive numbers"):
         FoldEqualization(sites, {"norm": scale.astype(np.float32)})(model)

@@ -52,12 +52,13 @@ def _bound(
 ) -> NDArray[np.float64]:
     """How far the graph may be from the contract: it multiplies rounded factors where the contract sums integers.
 
-    Each product has the two roundings of its factors to T (`step`); ONNX Runtime sums `in` of them in float32; the result
-    is rounded to T.
+    Each product has the two roundings of its factors to T (`step`); ONNX Runtime sums `in` of them in float32; the
+    result is rounded to T.
     """
     weight = numerics.dequantize_weight(numbers.codes, numbers.scales, numbers.group_size)
     magnitude = np.abs(codes * scale.astype(np.float64)) @ np.abs(weight).T
-    return (2.01 * step + CHANNELS * 2.0**-24) * magnitude + step * np.abs(y)
+    bound: NDArray[np.float64] = (2.01 * step + CHANNELS * 2.0**-24) * magnitude + step * np.abs(y)
+    return bound
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["Q/DQ form", "fused"])
@@ -143,10 +144,9 @@ def test_per_token_rounds_to_the_contracts_codes(per_token_qdq: tuple[Path, Any]
 
 
 def _finite_tokens(dtype: ir.DataType) -> st.SearchStrategy[NDArray[Any]]:
-    width = 32 if dtype == FLOAT else 16
     # Subnormal inputs are left out: ONNX Runtime may flush them to zero.
     largest = 2.0**100 if dtype == FLOAT else 65504.0
-    floats = st.floats(-largest, largest, width=width, allow_subnormal=False)
+    floats = st.floats(-largest, largest, width=32 if dtype == FLOAT else 16, allow_subnormal=False)
     return arrays(dtype.numpy(), (2, CHANNELS), elements=floats)
 
 
@@ -167,7 +167,7 @@ def test_tokens_do_not_share_a_scale(per_token_qdq: tuple[Path, Any]) -> None:
 @pytest.mark.parametrize("op_type", [W4A8_STATIC, W4A8_PER_TOKEN])
 @pytest.mark.parametrize("dtype", [FLOAT, FLOAT16, BFLOAT16])
 def test_function_body_is_what_tensorrt_needs(op_type: str, dtype: ir.DataType) -> None:
-    """The INT4 codes feed one DequantizeLinear and nothing else; a Max stands before the MatMul; group_size is passed on."""
+    """The INT4 codes feed one DequantizeLinear alone, Max stands before the MatMul, group_size is passed on."""
     function = w4a8_function(op_type, dtype)
     codes = function.inputs[1]
     (use,) = codes.uses()

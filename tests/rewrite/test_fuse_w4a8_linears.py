@@ -25,15 +25,17 @@ def test_every_quantized_linear_is_one_node(request: pytest.FixtureRequest, fixt
     rewritten: Rewritten = request.getfixturevalue(fixture)
     model = load_graph(rewritten.w4a8)
     fused = {node.name: node.op_type for node in model.graph if node.domain == DOMAIN}
-    types = {path: W4A8_PER_TOKEN if layer.activation == "per_token" else W4A8_STATIC
-             for path, layer in rewritten.policy.quantized().items()}
+    types = {
+        path: W4A8_PER_TOKEN if layer.activation == "per_token" else W4A8_STATIC
+        for path, layer in rewritten.policy.quantized().items()
+    }
     assert fused == {f"{path}/{op_type}": op_type for path, op_type in types.items()}
     assert {node.op_type for node in model.graph}.isdisjoint({"QuantizeLinear", "DequantizeLinear", PER_TOKEN_QDQ})
     assert {key[1] for key in model.functions} == {W4A8_STATIC, W4A8_PER_TOKEN}
 
 
 def test_plugin_attributes_are_on_the_node_and_declared_on_the_function(llama_rewritten_fp16: Rewritten) -> None:
-    """TensorRT takes the plugin only if the node names its namespace; the checker asks that the function declares it."""
+    """TensorRT takes the plugin only if the node names its namespace; the checker wants it declared on the function."""
     proto = onnx.load(llama_rewritten_fp16.w4a8, load_external_data=False)
     nodes = [node for node in proto.graph.node if node.domain == DOMAIN]
     for node in nodes:
@@ -72,7 +74,7 @@ def test_saved_graph_can_be_fused(tmp_path: Path, activation: str) -> None:
 
 
 def _zero_point(kind: str) -> Callable[[ir.Model], None]:
-    arrays = {
+    arrays: dict[str, np.generic] = {
         "INT8 3": np.int8(3),
         "UINT8 0": np.uint8(0),
         "INT16 0": np.int16(0),
@@ -149,17 +151,23 @@ def _weight_axis(model: ir.Model) -> int:
 
 
 def _float32_matmul_of_a_half_activation(model: ir.Model) -> None:
-    """x FP16 -> FP32 -> Q/DQ -> FP32 MatMul, as another tool may write it."""
+    """FP16 x -> FP32 -> Q/DQ -> FP32 MatMul, as another tool may write it."""
     cast = next(node for node in model.graph if node.op_type == "Cast" and node.outputs[0].dtype == FLOAT16)
     wide = cast.inputs[0]
     assert wide is not None
     matmul = by_type(model, "MatMul")
-    wide.dtype = FLOAT
+    widened = by_type(model, "QuantizeLinear").inputs[0]
+    assert widened is not None
+    wide.dtype = widened.dtype = FLOAT
     matmul.replace_input_with(0, wide)
     weight = ir.Node("", "Cast", [matmul.inputs[1]], [ir.AttrInt64("to", int(FLOAT))], name="wide_weight")
     model.graph.insert_before(matmul, weight)
     matmul.replace_input_with(1, weight.outputs[0])
     matmul.outputs[0].dtype = FLOAT
+
+
+def _untyped(model: ir.Model) -> None:
+    model.graph.inputs[0].type = None
 
 
 STATIC_MUST_LEAVE: dict[str, Callable[[ir.Model], None]] = {
@@ -174,7 +182,8 @@ STATIC_MUST_LEAVE: dict[str, Callable[[ir.Model], None]] = {
     "weight blocks along the outputs": _weight_by_columns,
     "weight by channel": _weight_by_channel,
     "INT8 weight": _int8_blocks,
-    "FP32 MatMul of an FP16 activation": _float32_matmul_of_a_half_activation,
+    "FP32 MatMul by FP16 scales": _float32_matmul_of_a_half_activation,
+    "activation of unknown type": _untyped,
 }
 
 
@@ -199,6 +208,25 @@ def test_activation_only_linear_is_left_alone(activation: str) -> None:
     model = qdq_linear(NUMBERS, FLOAT16, activation)
     by_type(model, "MatMul").replace_input_with(1, constant(model, "float_weight", np.ones((64, 8), np.float16)))
     assert not FuseW4A8Linears()(model).modified
+
+
+def test_activation_that_the_model_widens_keeps_its_cast(tmp_path: Path) -> None:
+    """FP16 x, FP32 linear: the fused node is of type FP32 and the model's own Cast stays before it."""
+    model = qdq_linear(NUMBERS, FLOAT, "static")
+    save_graph(model, tmp_path / "before.onnx")
+    x = model.graph.inputs[0]
+    half = ir.Value(name="half", shape=x.shape, type=ir.TensorType(FLOAT16))
+    model.graph.inputs[0] = half
+    cast = ir.Node("", "Cast", [half], [ir.AttrInt64("to", int(FLOAT))], name="widen")
+    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = "wide", FLOAT, x.shape
+    model.graph.insert_before(model.graph[0], cast)
+    ir.convenience.replace_all_uses_with(x, cast.outputs[0])
+    assert FuseW4A8Linears()(model).modified
+    assert [node.op_type for node in model.graph] == ["Cast", W4A8_STATIC]
+    save_graph(model, tmp_path / "after.onnx")
+    values = np.random.default_rng(1).normal(size=(5, 64)).astype(np.float16)
+    before = run(tmp_path / "before.onnx", {"x": values.astype(np.float32)})["y"]
+    np.testing.assert_array_equal(run(tmp_path / "after.onnx", {"half": values})["y"], before)
 
 
 def test_second_run_changes_nothing() -> None:

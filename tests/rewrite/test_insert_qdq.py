@@ -88,16 +88,18 @@ def test_activation_tiers_are_the_policys(request: pytest.FixtureRequest, fixtur
 
 @pytest.mark.parametrize("fixture", REWRITTEN)
 def test_weights_are_four_bits_on_disk(request: pytest.FixtureRequest, fixture: str) -> None:
-    """Each quantized weight takes half a byte and its scales; the data file holds that, the float tensors, and no more."""
+    """A quantized weight takes half a byte and its scales; the data file holds that, the float tensors, and no more."""
     rewritten: Rewritten = request.getfixturevalue(fixture)
     scale_bytes = 4 if rewritten.traced.dtype == "fp32" else 2
     expected = 0
-    for path, layer in rewritten.policy.quantized().items():
+    for layer in rewritten.policy.quantized().values():
         weights = layer.in_features * layer.out_features
         assert layer.group_size is not None
         sizes = (weights // 2, weights // layer.group_size * scale_bytes)
         expected += sum(size for size in sizes if size > INLINE_BYTES)
-    quantized = {f"{path}.{name}" for path in rewritten.policy.quantized() for name in ("weight_codes", "weight_scales")}
+    quantized = {
+        f"{path}.{name}" for path in rewritten.policy.quantized() for name in ("weight_codes", "weight_scales")
+    }
     values = load_graph(rewritten.qdq).graph.initializers.values()
     others = [value.const_value for value in values if value.name not in quantized and value.const_value is not None]
     expected += sum(tensor.nbytes for tensor in others if tensor.nbytes > INLINE_BYTES)
@@ -165,7 +167,7 @@ def test_order_of_the_policy_does_not_matter(llama_fp32: Traced, ids: NDArray[np
         save_graph(model, path)
         onnx.checker.check_model(str(path))
         logits.append(run(path, causal_feed(path, ids), outputs=["logits"])["logits"])
-    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def _one_linear(out_features: int) -> tuple[ir.Model, Sites]:
@@ -206,7 +208,10 @@ def _one_layer(out_features: int = 3, **changes: Any) -> Policy:
 
 def _one_array_file(directory: Path, out_features: int, codes: NDArray[np.int8] | None = None) -> PolicyArrays:
     codes = np.zeros((out_features, 16), np.int8) if codes is None else codes
-    arrays = {"fc.weight_codes": packed_from_int4(codes), "fc.weight_scales": np.ones((out_features, 1), np.float16)}
+    arrays: dict[str, NDArray[Any]] = {
+        "fc.weight_codes": packed_from_int4(codes),
+        "fc.weight_scales": np.ones((out_features, 1), np.float16),
+    }
     path = directory / "policy.json"
     write_policy(_one_layer(out_features), arrays, path)
     return PolicyArrays(arrays_path(path))

@@ -42,7 +42,7 @@ def test_no_function_is_left_and_names_are_unique(request: pytest.FixtureRequest
 
 @pytest.mark.parametrize("fixture", REWRITTEN)
 def test_nodes_are_named_after_their_linear(request: pytest.FixtureRequest, fixture: str) -> None:
-    """Engine layers are matched with the policy by `<torch path>/<OpType>`: each linear has its MatMul and weight there."""
+    """Engine layers are matched by `<torch path>/<OpType>`: each linear has MatMul and weight under that name."""
     rewritten: Rewritten = request.getfixturevalue(fixture)
     nodes = {node.name: node for node in load_graph(rewritten.lowered).graph}
     for path in rewritten.policy.quantized():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,8 +25,8 @@ ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 """How ONNX Runtime multiplies block-INT4 weights once it has fused them: 1 in float32; 4, the default, in INT8."""
 
 
-def _logits(graph: Path, ids: NDArray[np.int64], **how: object) -> NDArray[np.float32]:
-    logits: NDArray[np.float32] = run(graph, causal_feed(graph, ids), outputs=["logits"], **how)["logits"]  # type: ignore[arg-type]
+def _logits(graph: Path, ids: NDArray[np.int64], **how: Any) -> NDArray[np.float32]:
+    logits: NDArray[np.float32] = run(graph, causal_feed(graph, ids), outputs=["logits"], **how)["logits"]
     return logits
 
 
@@ -78,7 +79,7 @@ def test_quantization_is_seen_in_the_logits(
 def test_optimized_session_agrees_at_accuracy_level_1(
     request: pytest.FixtureRequest, fixture: str, form: str, ids: NDArray[np.int64]
 ) -> None:
-    """With every graph optimization the logits are those of the plain graph, if block-INT4 MatMuls compute in float32."""
+    """With every graph optimization the logits are those of the plain graph, if block-INT4 MatMuls run in float32."""
     path: Path = getattr(request.getfixturevalue(fixture), form)
     plain = _logits(path, ids)
     optimized = _logits(path, ids, optimized=True, entries={ACCURACY: "1"})
@@ -100,7 +101,7 @@ def test_optimized_session_differs_at_the_default_level(
 
 
 HALF_TO_INT8 = 2.0**-11 / 2.0**-8
-"""A rounding to FP16 against one to INT8, relative to the largest value: what FP16 may add to the quantization error."""
+"""A rounding to FP16 against one to INT8, relative to the largest value: what FP16 may add to the quantization."""
 
 
 def test_forms_of_a_half_graph_differ_by_roundings_to_half(
@@ -108,8 +109,8 @@ def test_forms_of_a_half_graph_differ_by_roundings_to_half(
 ) -> None:
     """ONNX Runtime computes FP16 MatMuls in FP32 and drops casts before them, in one form and not in the other.
 
-    So the forms of an FP16 graph differ by FP16 roundings (and INT8 codes that these tip over), which are small beside the
-    quantization itself. Fused and lowered are the same program to the bit.
+    So the forms of an FP16 graph differ by FP16 roundings (and INT8 codes that these tip over), which are small beside
+    the quantization itself. Fused and lowered are the same program to the bit.
     """
     rewritten = llama_rewritten_fp16
     qdq, w4a8, lowered = (_logits(getattr(rewritten, form), ids).astype(np.float64) for form in FORMS)

@@ -52,9 +52,7 @@ def linear_numbers(in_features: int = 64, out_features: int = 8, group_size: int
 def constant(model_or_graph: ir.Model, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
     """Add an initializer."""
     tensor = ir.tensor(np.asarray(array), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = ir.Value(name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model_or_graph.graph.register_initializer(value)
     return value
 
@@ -63,15 +61,13 @@ def int4_constant(model: ir.Model, name: str, codes: NDArray[np.int8]) -> ir.Val
     """Add an INT4 initializer."""
     packed = packed_from_int4(codes.reshape(-1))
     tensor = ir.PackedTensor(packed, ir.DataType.INT4, shape=list(codes.shape), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(codes.shape), type=ir.TensorType(ir.DataType.INT4), const_value=tensor
-    )
+    value = ir.Value(name=name, shape=ir.Shape(codes.shape), type=ir.TensorType(ir.DataType.INT4), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 
 
 def qdq_linear(numbers: LinearNumbers, dtype: ir.DataType, activation: str) -> ir.Model:
-    """`MatMul(QDQ(x), DQ(codes))` of type `dtype` with the names that InsertQdq gives; x is [tokens, in], y [tokens, out].
+    """`MatMul(QDQ(x), DQ(codes))` of a type, named as InsertQdq does; x is [tokens, in], y is [tokens, out].
 
     Args:
         numbers: Weight and scale.

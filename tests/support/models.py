@@ -18,8 +18,8 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 _SPREAD = 0.15
-"""Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits. With transformers' 0.02 the
-logits are those of the embedding, and a layer could be wrong unseen."""
+"""Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits. With transformers' 0.02
+the logits are those of the embedding, and a layer could be wrong unseen."""
 
 _directories: dict[str, Path] = {}
 

@@ -103,7 +103,7 @@ def rtn_policy(
 def _equalized(
     weight: NDArray[np.float32], linear: Linear, sites: Sites, scales: Mapping[str, NDArray[np.float32]]
 ) -> NDArray[np.float32]:
-    if linear.site in scales:
+    if linear.site is not None and linear.site in scales:
         weight = weight * scales[linear.site]
     for site in sites.fold_sites:
         if site.id in scales and site.producer_linear == linear.path:

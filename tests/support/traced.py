@@ -32,8 +32,8 @@ __all__ = [
 
 FP32_LOGITS = 32 * 128**0.5 * 2.0**-24
 """Difference of two float32 programs for one model, relative to the largest logit: some 32 operations in a row lie
-between ids and logits of two layers, each a sum of at most 128 terms whose roundings of 2^-24 add up like a random walk:
-2.2e-5. Measured: 2e-6."""
+between ids and logits of two layers, each a sum of at most 128 terms whose roundings of 2^-24 add up like a random
+walk: 2.2e-5. Measured: 2e-6."""
 
 _ELEMENT_TYPES: Mapping[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype(np.float32),

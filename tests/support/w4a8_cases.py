@@ -29,7 +29,7 @@ class Case:
     @property
     def groups(self) -> int:
         """Groups of a row."""
-        return self.w_scale.shape[1]
+        return int(self.w_scale.shape[1])
 
     def quantized(self, x_scale: float | None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Activation codes [tokens, in] and scales [tokens, 1]; x_scale None is per token."""
@@ -43,7 +43,8 @@ class Case:
         """Exact sums inside each group, [tokens, out, groups]."""
         codes, _ = self.quantized(x_scale)
         shape = (-1, self.groups, self.group_size)
-        return np.einsum("tgk,ngk->tng", codes.reshape(shape), self.w_codes.astype(np.int64).reshape(shape))
+        weight = self.w_codes.astype(np.int64).reshape(shape)
+        return np.asarray(np.einsum("tgk,ngk->tng", codes.reshape(shape), weight), dtype=np.int64)
 
     def linear(self, x_scale: float | None, bias: NDArray[np.float32] | None) -> NDArray[np.float64]:
         """`numerics.w4a8_linear` of the problem, [tokens, out]."""
@@ -53,10 +54,10 @@ class Case:
     def fp32_bound(self, x_scale: float | None, bias: NDArray[np.float32] | None) -> NDArray[np.float64]:
         """Largest error of FP32 arithmetic against `linear`, [tokens, out].
 
-        u = 2^-24. Every group adds one rounding (a fused multiply-add) to the running sum, converting its INT32 sum adds
-        one more where the sum is above 2^24, and the last multiply-add with activation scale and bias one. So a term is
-        rounded at most groups + 2 times: |error| <= gamma (sum over groups |sum x scale| x_scale + |bias|), where
-        gamma = (groups + 2) u / (1 - (groups + 2) u) (Higham, Accuracy and Stability, 2002, lemma 3.1).
+        u = 2^-24. Every group adds one rounding (a fused multiply-add) to the running sum; converting its INT32 sum
+        adds one more where that is above 2^24; the last multiply-add, with activation scale and bias, adds one. So a
+        term is rounded at most groups + 2 times: |error| <= gamma (sum over groups |sum x scale| x_scale + |bias|)
+        with gamma = (groups + 2) u / (1 - (groups + 2) u) (Higham, Accuracy and Stability, 2002, lemma 3.1).
         """
         _, scale = self.quantized(x_scale)
         terms = np.abs(self.group_sums(x_scale) * self.w_scale.astype(np.float64)).sum(axis=-1)

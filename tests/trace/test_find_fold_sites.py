@@ -77,9 +77,7 @@ MUST_FIND = {
     "LayerNormalization": Found("x = LayerNormalization(u, w, b)", "norm", (WEIGHT, BIAS)),
     "LayerNormalization without bias": Found("x = LayerNormalization(u, w)", "norm", (WEIGHT,)),
     "through Cast": Found("p = Mul(u, w) q = Cast<to = 10>(p) x = Cast<to = 1>(q)", "norm", (WEIGHT,)),
-    "Gemma": Found(
-        "o = Add(one, w) x = Mul(u, o)", "offset_norm", (Producer(initializer="w", axis=0, offset=1.0),)
-    ),
+    "Gemma": Found("o = Add(one, w) x = Mul(u, o)", "offset_norm", (Producer(initializer="w", axis=0, offset=1.0),)),
     "Gemma with a cast weight": Found(
         "c = Cast<to = 1>(w) o = Add(c, one) x = Mul(o, u)",
         "offset_norm",

@@ -85,7 +85,10 @@ def test_layer_norm_site_has_weight_and_bias(opt_fp32: Traced) -> None:
     norm = "model.decoder.layers.0.self_attn_layer_norm"
     site = _site_of(opt_fp32, "model.decoder.layers.0.self_attn.q_proj")
     assert (site.id, site.kind) == (norm, "norm")
-    assert site.producers == (Producer(initializer=f"{norm}.weight", axis=0), Producer(initializer=f"{norm}.bias", axis=0))
+    assert site.producers == (
+        Producer(initializer=f"{norm}.weight", axis=0),
+        Producer(initializer=f"{norm}.bias", axis=0),
+    )
 
 
 def test_opt_mlp_is_found_on_its_flattened_tensor(opt_fp32: Traced) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -45,7 +43,9 @@ def test_inputs_and_outputs_are_named_and_typed_as_promised(llama_fp16: Traced) 
 
 def test_opset_knows_int4(llama_fp32: Traced) -> None:
     """The file imports an opset in which DequantizeLinear takes INT4 blocks, and the checker accepts it."""
-    opsets = {entry.domain: entry.version for entry in onnx.load(llama_fp32.model, load_external_data=False).opset_import}
+    opsets = {
+        entry.domain: entry.version for entry in onnx.load(llama_fp32.model, load_external_data=False).opset_import
+    }
     assert opsets[""] >= 21
     assert set(opsets) == {""}
     onnx.checker.check_model(str(llama_fp32.model), full_check=True)
@@ -172,5 +172,3 @@ def test_recurrent_model_is_refused() -> None:
     config = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64)
     with pytest.raises(UserError, match=r"Mamba"):
         traced_from_config(config, "fp32")
-
-

@@ -35,7 +35,7 @@ def _value(model: ir.Model, name: str) -> NDArray[np.generic]:
 
 
 def test_attaching_reads_nothing(tmp_path: Path) -> None:
-    """Weights are read when they are written, so memory does not follow the model: here the file does not even exist."""
+    """Weights are read when they are written, so memory does not follow the model: here the file does not exist."""
     model = _model(W="PARAMETER")
     attach_weights(model, {"W": (tmp_path / "absent.safetensors", "W")}, {}, {})
     assert isinstance(model.graph.initializers["W"].const_value, ir.LazyTensor)
@@ -45,7 +45,7 @@ def test_attaching_reads_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16"])
 def test_values_are_rounded_once_to_the_graphs_type(tmp_path: Path, stored: type, dtype: str) -> None:
     """Every checkpoint type can be exported to every graph type."""
-    values = np.linspace(-3, 3, 6, dtype=np.float32).reshape(2, 3).astype(stored)
+    values: NDArray[np.generic] = np.linspace(-3, 3, 6, dtype=np.float32).reshape(2, 3).astype(stored)
     save_file({"key": values}, tmp_path / "model.safetensors")
     model = _model(dtype, W="PARAMETER")
     attach_weights(model, {"W": (tmp_path / "model.safetensors", "key")}, {}, {})
