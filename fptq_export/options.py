@@ -7,8 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from fptq_export.policy import GROUP_SIZES
-
 __all__ = ["RunOptions"]
 
 
@@ -32,9 +30,9 @@ class RunOptions(BaseModel):
     """Type of everything that is not quantized."""
     policy: str = "paper"
     """`paper`, or a policy.json to replay."""
-    v0: NonNegativeFloat = 15.0
-    v1: NonNegativeFloat = 150.0
-    group_size: Literal[128, 64, 32, 16] = GROUP_SIZES[0]
+    v0: float = Field(default=15.0, ge=0.0, allow_inf_nan=False)
+    v1: float = Field(default=150.0, ge=0.0, allow_inf_nan=False)
+    group_size: Literal[128, 64, 32, 16] = 128
     weight_method: Literal["rtn", "mse"] = "rtn"
     exclude: tuple[str, ...] = ("lm_head",)
     """Regular expressions of torch paths that keep the float precision."""

@@ -181,7 +181,7 @@ def _session_from_path(path: Path, threads: int | None, optimization: GraphOptim
     options.log_severity_level = _FATAL_ONLY
     # Idle threads that spin take the cores from whatever runs next to them: here, the other session.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # The default, 4, quantizes the activations of every block-INT4 MatMul once more, in blocks: another model than ours.
+    # The default, 4, quantizes the activations of every block-INT4 MatMul once more, in blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACCURACY)
     if threads is not None:
         options.intra_op_num_threads = threads

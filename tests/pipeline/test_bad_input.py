@@ -187,6 +187,7 @@ def test_an_unwritable_output_is_refused(tiny_llama_dir: Path, command: Command)
         (("--calib-szie", "4"), ("--calib-szie", "--calib-size")),
         (("--max-ppl-increase", "a lot"), ("--max-ppl-increase",)),
         (("--v0", "200"), ("--v0", "--v1")),
+        (("--v1", "inf"), ("--v1",)),
         (("--exclude", "("), ("(",)),
         (("--exclude", "no_such_layer"), ("no_such_layer",)),
         (("--policy", "missing.json"), ("missing.json",)),
