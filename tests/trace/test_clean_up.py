@@ -61,6 +61,6 @@ def test_every_note_is_removed() -> None:
     model = _model("y = Mul(x, w)", _ones("w", 16))
     (node,) = model.graph
     for owner in (node, node.outputs[0], model.graph.inputs[0], model.graph.initializers["w"]):
-        owner.metadata_props["note"] = "/home/someone/model.py"
+        owner.metadata_props["note"] = "modeling_llama.py, line 1"
     strip_trace_metadata(model)
-    assert "someone" not in str(ir.to_proto(model))
+    assert "modeling_llama" not in str(ir.to_proto(model))
