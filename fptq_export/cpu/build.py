@@ -1,0 +1,75 @@
+"""Compile plugins/cpu into this package: `python -m fptq_export.cpu build`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from fptq_export.errors import UserError
+from fptq_export.files import atomic_path
+
+__all__ = ["build_extension", "extension_path", "missing_tools"]
+
+_PACKAGE = Path(__file__).parent
+_ROOT = _PACKAGE.parents[1]
+_SHOWN_LINES = 20
+
+
+def extension_path() -> Path:
+    """Where the module of this Python stands once it is built."""
+    return _PACKAGE / f"_w4a8_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def missing_tools() -> tuple[str, ...]:
+    """What the build needs and this machine lacks, each with the way to get it; empty when nothing is missing."""
+    missing = []
+    if shutil.which("cmake") is None:
+        missing.append("cmake (apt install cmake, or pip install cmake)")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        missing.append("a C++20 compiler (apt install g++, or set CXX)")
+    if importlib.util.find_spec("nanobind") is None:
+        missing.append("nanobind (pip install nanobind)")
+    return tuple(missing)
+
+
+def build_extension(sources: Path = _ROOT / "plugins" / "cpu", work_dir: Path = _ROOT / "build") -> Path:
+    """Compile what changed since the last call, and put the module into this package in one step.
+
+    Args:
+        sources: Folder with the CMakeLists.txt.
+        work_dir: Where CMake works; each Python has a folder of its own in it.
+
+    Returns:
+        The path of the module.
+
+    Raises:
+        UserError: The sources, a tool or write access are missing, or the compiler fails.
+    """
+    if not (sources / "CMakeLists.txt").is_file():
+        raise UserError(str(sources), "no C++ sources here", "build in a clone of the repository: pip installs none")
+    if missing := missing_tools():
+        raise UserError("build of fptq_export.cpu", f"missing: {', '.join(missing)}", "install it and run again")
+    work = work_dir / f"cpu-{sys.implementation.cache_tag}"
+    _run(["cmake", "-S", str(sources), "-B", str(work), f"-DPython_EXECUTABLE={sys.executable}"])
+    _run(["cmake", "--build", str(work), "--parallel", str(os.cpu_count() or 1)])
+    target = extension_path()
+    with atomic_path(target) as partial:
+        shutil.copyfile(work / target.name, partial)
+    importlib.invalidate_caches()  # a failed import of this process may have cached the folder without the module
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    tail = "\n".join((done.stdout + done.stderr).splitlines()[-_SHOWN_LINES:])
+    raise UserError(
+        " ".join(command), f"exit code {done.returncode}\n{tail}", "mend what the last lines say, run again"
+    )

@@ -1,0 +1,26 @@
+"""The C++ part is built once a session, as a user builds it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fptq_export.cpu import InstructionSet, available_instruction_sets
+from fptq_export.cpu.build import build_extension, missing_tools
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_extension() -> None:
+    """Build what changed; skip where this machine cannot compile."""
+    if missing := missing_tools():
+        pytest.skip(f"cannot build fptq_export.cpu; missing: {', '.join(missing)}")
+    build_extension()
+
+
+@pytest.fixture(params=list(InstructionSet), ids=lambda item: item.value)
+def instruction_set(built_extension: None, request: pytest.FixtureRequest) -> InstructionSet:
+    """Each instruction set in turn; skip what this machine does not run."""
+    chosen = request.param
+    assert isinstance(chosen, InstructionSet)
+    if chosen not in available_instruction_sets():
+        pytest.skip(f"this machine does not run {chosen.value}")
+    return chosen
