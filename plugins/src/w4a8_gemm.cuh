@@ -1,0 +1,417 @@
+/*
+ * y[m, n] = sum over k of x[m, k] * w[n, k], INT8 times INT4, for any m, on the tensor cores (mma.m16n8k32).
+ *
+ * A thread block owns a tile of y and walks over k in tiles of 64. cp.async keeps kNumStages - 1 k tiles
+ * under way. Weights lie in fragment order (layout.h), so a lane's share of 16 x 64 codes is one 16-byte
+ * load; activations go through ldmatrix.
+ *
+ * Names: operand (a: activation, b: weight, s: scales) after memory (gmem, smem).
+ */
+#ifndef FPTQ_SRC_W4A8_GEMM_CUH
+#define FPTQ_SRC_W4A8_GEMM_CUH
+
+#include "gemm_tiles.h"
+#include "ptx_ops.h"
+#include "scheme.cuh"
+
+namespace fptq {
+
+/* ---- shapes known at compile time ---- */
+
+template <int kBlockM, int kBlockN, int kWarpM, int kWarpN, int kStages>
+struct GemmTile {
+  static constexpr int BLOCK_M = kBlockM;
+  static constexpr int BLOCK_N = kBlockN;
+  static constexpr int BLOCK_K = FPTQ_TILE_K;
+  static constexpr int WARP_M = kWarpM;
+  static constexpr int WARP_N = kWarpN;
+  static constexpr int kNumStages = kStages;
+  static constexpr int kWarpsM = BLOCK_M / WARP_M;
+  static constexpr int kNumThreads = 32 * kWarpsM * (BLOCK_N / WARP_N);
+  /* Resident blocks that the compiler must leave registers for. Left to itself it aims higher, and spills for
+   * it. */
+  static constexpr int kMinBlocks = kNumThreads <= 128 ? 2 : 1;
+  static constexpr int kFragmentsM = WARP_M / 16; /* accumulator fragments of a warp, 16 x 8 each */
+  static constexpr int kFragmentsN = WARP_N / 8;
+
+  static constexpr int kChunksPerRowA = BLOCK_K / 16; /* a chunk is the 16 bytes of a cp.async */
+  static constexpr int kChunksA = BLOCK_M * kChunksPerRowA;
+  static constexpr int kChunksB = BLOCK_N / FPTQ_TILE_N * 32;
+  static constexpr int kCopiesA =
+      (kChunksA + kNumThreads - 1) / kNumThreads; /* of a thread, for one k tile */
+  static constexpr int kCopiesB = kChunksB / kNumThreads;
+  static constexpr int kRowsPerCopyA = kNumThreads / kChunksPerRowA;
+  static constexpr int kStageBytesA = BLOCK_M * BLOCK_K;
+  static constexpr int kStageBytesB = BLOCK_N * BLOCK_K / 2;
+
+  static_assert(BLOCK_M % WARP_M == 0 && BLOCK_N % WARP_N == 0, "warps must tile the block");
+  static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0,
+                "a warp reads whole fragments of A and whole packed tiles of B");
+  static_assert(kChunksB % kNumThreads == 0, "every thread copies the same number of weight chunks");
+  static_assert(kChunksA % kNumThreads == 0 || kCopiesA == 1,
+                "only a single round of A copies may be partly idle");
+  static_assert(kRowsPerCopyA % 8 == 0,
+                "the swizzle repeats every 8 rows, so all copies of a thread share it");
+  static_assert(kNumStages >= 3 && kNumStages % 2 == 0,
+                "the loop is unrolled by stages and by the two k tiles of a group");
+};
+
+template <class T, class S>
+struct GemmShared {
+  static constexpr int kChunksPerRowS = T::BLOCK_N * 2 / 16; /* 16 bits a channel in every scheme */
+  static constexpr int kChunksS = S::kHasGroups ? S::kGroupsPerTile * kChunksPerRowS : 0;
+  static constexpr int kStageBytesS = kChunksS * 16;
+  static constexpr int kBytes = T::kNumStages * (T::kStageBytesA + T::kStageBytesB + kStageBytesS);
+  static_assert(kChunksS <= T::kNumThreads, "a thread copies at most one chunk of scales");
+  static_assert(tile_fits_registers(T::WARP_M, T::WARP_N, S::kFolds, S::kGroupSize),
+                "INT32 and FP32 sums must fit the registers");
+};
+
+struct GemmParams {
+  const int8_t* a;         /* INT8 [m, 64 * num_k_tiles], row-major */
+  const unsigned char* b;  /* INT4, packed (layout.h) */
+  const unsigned char* s;  /* FP16 or two_level pairs [num_groups][padded_n]; not read per channel */
+  const float* row_scales; /* FP32 [m] */
+  const int32_t* row_sums; /* INT32 [m]; two_level only */
+  uint32_t* partials;      /* Accumulator [split_k][m][padded_n]; null when split_k is 1 */
+  Output out;
+  int m;
+  int padded_n;
+  int num_k_tiles;
+  int num_groups;
+  int split_k;
+};
+
+/* ---- which part is whose ---- */
+
+struct BlockTile {
+  int m, n; /* in tiles */
+};
+
+/*
+ * Thread blocks that run at the same time should share operands in L2. They go down panels of kPanelM tiles
+ * along m, so a wave of b blocks reads kPanelM tiles of x and b / kPanelM tiles of w, not one row of tiles
+ * and all of w.
+ */
+inline constexpr int kPanelM = 8;
+__device__ __forceinline__ BlockTile block_tile(int block, int tiles_m, int tiles_n) {
+  const int panel = block / (kPanelM * tiles_n);
+  const int within = block % (kPanelM * tiles_n);
+  const int rest = tiles_m - panel * kPanelM;
+  const int height = rest < kPanelM ? rest : kPanelM;
+  return {panel * kPanelM + within % height, within / height};
+}
+
+/* First k tile of part `split`. Parts are made of whole groups, and differ by at most one. */
+template <class S>
+__device__ __forceinline__ int first_k_tile(int num_k_tiles, int split, int split_k) {
+  const int units = num_k_tiles / S::kTilesPerGroup; /* at most 1024: the product below is small */
+  return units * split / split_k * S::kTilesPerGroup;
+}
+
+/* ---- the kernel ---- */
+
+template <class T, class S>
+__global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kernel(const GemmParams p) {
+  using Shared = GemmShared<T, S>;
+  constexpr int kNumStages = T::kNumStages;
+  constexpr int MI = T::kFragmentsM;
+  constexpr int NI = T::kFragmentsN;
+
+  unsigned char* smem_a = dynamic_shared(); /* INT8 [stage][BLOCK_M][64], chunks swizzled */
+  unsigned char* smem_b = smem_a + kNumStages * T::kStageBytesA; /* INT4 [stage][BLOCK_N / 16] packed tiles */
+  unsigned char* smem_s =
+      smem_b + kNumStages * T::kStageBytesB; /* 16 bits [stage][group of the tile][BLOCK_N] */
+
+  const int thread = thread_id();
+  const int lane = thread % 32;
+  const int warp_m = thread / 32 % T::kWarpsM;
+  const int warp_n = thread / 32 / T::kWarpsM;
+  const int tiles_m = (p.m + T::BLOCK_M - 1) / T::BLOCK_M;
+  const int tiles_n = (p.padded_n + T::BLOCK_N - 1) / T::BLOCK_N;
+  const BlockTile block = block_tile(block_id_x(), tiles_m, tiles_n);
+  const int block_row = block.m * T::BLOCK_M;
+  const int block_column = block.n * T::BLOCK_N;
+  const int split = block_id_y();
+  const int first_tile = first_k_tile<S>(p.num_k_tiles, split, p.split_k);
+  const int num_tiles = first_k_tile<S>(p.num_k_tiles, split + 1, p.split_k) - first_tile;
+  const int k_bytes = p.num_k_tiles * T::BLOCK_K;
+
+  /* Copy plan: pointers that advance by constants. Rows and channels past the end are filled with zeros. */
+  const int8_t* gmem_a[T::kCopiesA];
+  bool valid_a[T::kCopiesA];
+  const int chunk_row = thread / T::kChunksPerRowA;
+  const int chunk_column = thread % T::kChunksPerRowA;
+#pragma unroll
+  for (int i = 0; i < T::kCopiesA; ++i) {
+    const int row = block_row + chunk_row + i * T::kRowsPerCopyA;
+    valid_a[i] = row < p.m;
+    gmem_a[i] = p.a + static_cast<size_t>(valid_a[i] ? row : 0) * k_bytes + first_tile * T::BLOCK_K +
+                chunk_column * 16;
+  }
+  /* 64-byte rows: XOR with row / 2 spreads the 8 rows of an ldmatrix over all 32 banks. */
+  const int write_offset_a = chunk_row * T::BLOCK_K + ((chunk_column ^ (chunk_row / 2 % 4)) * 16);
+
+  const unsigned char* gmem_b[T::kCopiesB];
+  bool valid_b[T::kCopiesB];
+#pragma unroll
+  for (int i = 0; i < T::kCopiesB; ++i) {
+    const int n_tile = block_column / FPTQ_TILE_N + (thread + i * T::kNumThreads) / 32;
+    valid_b[i] = n_tile * FPTQ_TILE_N < p.padded_n;
+    gmem_b[i] =
+        p.b + (static_cast<size_t>(valid_b[i] ? n_tile : 0) * p.num_k_tiles + first_tile) * FPTQ_TILE_BYTES +
+        lane * 16;
+  }
+
+  const int s_column = block_column + thread % Shared::kChunksPerRowS * 8;
+  const bool copies_s = thread < Shared::kChunksS;
+  const bool valid_s = s_column < p.padded_n;
+  /* The group of this thread's chunk. Where a k tile holds several groups the last may be missing. */
+  int s_group = first_tile / S::kTilesPerGroup * S::kGroupsPerTile + thread / Shared::kChunksPerRowS;
+  const unsigned char* gmem_s =
+      p.s + (static_cast<size_t>(s_group) * p.padded_n + (valid_s ? s_column : 0)) * 2;
+  const int s_step = S::kGroupsPerTile * p.padded_n * 2;
+
+  const auto fetch_tile = [&](int stage, int phase) {
+    unsigned char* stage_a = smem_a + stage * T::kStageBytesA;
+    unsigned char* stage_b = smem_b + stage * T::kStageBytesB;
+#pragma unroll
+    for (int i = 0; i < T::kCopiesA; ++i) {
+      if (T::kChunksA % T::kNumThreads == 0 || thread < T::kChunksA) {
+        cp_async_16(stage_a + write_offset_a + i * T::kRowsPerCopyA * T::BLOCK_K, gmem_a[i], valid_a[i]);
+      }
+      gmem_a[i] += T::BLOCK_K;
+    }
+#pragma unroll
+    for (int i = 0; i < T::kCopiesB; ++i) {
+      cp_async_16(stage_b + (thread + i * T::kNumThreads) * 16, gmem_b[i], valid_b[i]);
+      gmem_b[i] += FPTQ_TILE_BYTES;
+    }
+    if constexpr (S::kHasGroups) {
+      if (S::loads_scales(phase) && copies_s) {
+        const bool exists = S::kGroupsPerTile == 1 || s_group < p.num_groups;
+        cp_async_16(smem_s + stage * Shared::kStageBytesS + thread * 16, gmem_s, valid_s && exists);
+      }
+      if (phase == S::kTilesPerGroup - 1) {
+        s_group += S::kGroupsPerTile;
+        gmem_s += s_step;
+      }
+    }
+  };
+
+  int sums[MI][NI][4];                     /* INT32: of the current group when folding, else of all k */
+  float folded[S::kFolds ? MI : 1][NI][4]; /* FP32: sum over groups of (16 * exact sum) * group scale */
+#pragma unroll
+  for (int i = 0; i < MI; ++i) {
+#pragma unroll
+    for (int j = 0; j < NI; ++j) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        sums[i][j][q] = 0;
+        if constexpr (S::kFolds) folded[i][j][q] = 0.0f;
+      }
+    }
+  }
+
+  const int magic[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+
+  /* Adds the finished sums of the group in row `group_row` of the stage, times its scales. */
+  const auto fold = [&](const unsigned char* stage_s, int group_row, [[maybe_unused]] int group) {
+    if constexpr (S::kFolds) {
+#pragma unroll
+      for (int j = 0; j < NI; ++j) {
+        const int column = warp_n * T::WARP_N + j * 8 + lane % 4 * 2;
+        const uint32_t pair = load_shared<uint32_t>(stage_s + (group_row * T::BLOCK_N + column) * 2);
+        const float scale0 = float_from_half(static_cast<uint16_t>(pair));
+        const float scale1 = float_from_half(static_cast<uint16_t>(pair >> 16));
+#pragma unroll
+        for (int i = 0; i < MI; ++i) {
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            const float sum = float_from_bits(static_cast<uint32_t>(sums[i][j][q])) - kMagicFloat;
+            trace_group_sum(block_row + warp_m * T::WARP_M + i * 16 + q / 2 * 8 + lane / 4,
+                            block_column + column + q % 2, group, (sums[i][j][q] - kMagicBits) >> kCodeShift);
+            folded[i][j][q] = fma_rn(sum, q % 2 == 0 ? scale0 : scale1, folded[i][j][q]);
+          }
+        }
+      }
+    }
+  };
+
+  /* Addresses of a lane within a stage; the row part of the swizzle is the same for every 16 rows. */
+  const int read_offset_a = (warp_m * T::WARP_M + lane % 16) * T::BLOCK_K;
+  const int read_swizzle_a = lane / 2 % 4;
+  const int read_offset_b = warp_n * T::WARP_N / FPTQ_TILE_N * FPTQ_TILE_BYTES + lane * 16;
+
+  /* two_level scales of the current group, for the channel of each B fragment */
+  [[maybe_unused]] TwoLevelScale held[S::kTwoLevel ? NI : 1];
+
+  const auto multiply_tile = [&](int stage, int phase, int tile) {
+    const unsigned char* stage_a = smem_a + stage * T::kStageBytesA + read_offset_a;
+    const unsigned char* stage_b = smem_b + stage * T::kStageBytesB + read_offset_b;
+    const unsigned char* stage_s = smem_s + stage * Shared::kStageBytesS;
+    uint4 b[NI / 2];
+#pragma unroll
+    for (int j = 0; j < NI / 2; ++j) b[j] = load_shared<uint4>(stage_b + j * FPTQ_TILE_BYTES);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) { /* 32 of the 64 input channels */
+      uint32_t a[MI][4];
+#pragma unroll
+      for (int i = 0; i < MI; ++i) {
+        const int chunk = step * 2 + lane / 16;
+        ldmatrix_x4(a[i], stage_a + i * 16 * T::BLOCK_K + (chunk ^ read_swizzle_a) * 16);
+      }
+      constexpr int kGroupsPerStep = S::kGroupsPerTile >= 2 ? S::kGroupsPerTile / 2 : 1;
+      const int group_row = S::kGroupsPerTile >= 2 ? step * kGroupsPerStep : 0;
+      const int group = tile / S::kTilesPerGroup * S::kGroupsPerTile + group_row;
+
+      if constexpr (S::kFolds && S::kGroupSize == 16) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int j = 0; j < NI; ++j) {
+            const uint32_t word =
+                (j % 2 == 0) ? (step == 0 ? b[j / 2].x : b[j / 2].y) : (step == 0 ? b[j / 2].z : b[j / 2].w);
+            const uint32_t codes = half == 0 ? low_codes_times_16(word) : high_codes_times_16(word);
+#pragma unroll
+            for (int i = 0; i < MI; ++i)
+              mma_s8_s8_k16(sums[i][j], a[i][2 * half], a[i][2 * half + 1], codes, magic);
+          }
+          fold(stage_s, group_row + half, group + half);
+        }
+      } else {
+        const bool starts_group = S::kGroupSize <= 32 || (step == 0 && phase == 0);
+#pragma unroll
+        for (int j = 0; j < NI; ++j) {
+          const uint32_t word =
+              (j % 2 == 0) ? (step == 0 ? b[j / 2].x : b[j / 2].y) : (step == 0 ? b[j / 2].z : b[j / 2].w);
+          if constexpr (S::kTwoLevel) {
+            const unsigned char* pair =
+                stage_s + (group_row * T::BLOCK_N + warp_n * T::WARP_N + j * 8 + lane / 4) * 2;
+            if (S::kGroupSize < FPTQ_TILE_K || (step == 0 && phase == 0)) {
+              held[j] = two_level_from_pair(load_shared<uint16_t>(pair));
+            }
+            const TwoLevelScale low = held[j];
+            const TwoLevelScale high =
+                S::kGroupSize == 16 ? two_level_from_pair(load_shared<uint16_t>(pair + T::BLOCK_N * 2)) : low;
+            const uint32_t b0 = low_codes_two_level(word, low);
+            const uint32_t b1 = high_codes_two_level(word, high);
+#pragma unroll
+            for (int i = 0; i < MI; ++i) mma_s8_u8(sums[i][j], a[i], b0, b1, sums[i][j]);
+          } else {
+            const uint32_t b0 = low_codes_times_16(word);
+            const uint32_t b1 = high_codes_times_16(word);
+#pragma unroll
+            for (int i = 0; i < MI; ++i) {
+              if (S::kFolds && starts_group) {
+                mma_s8_s8(sums[i][j], a[i], b0, b1, magic);
+              } else {
+                mma_s8_s8(sums[i][j], a[i], b0, b1, sums[i][j]);
+              }
+            }
+          }
+        }
+        const bool ends_group = S::kGroupSize <= 32 || (step == 1 && phase == S::kTilesPerGroup - 1);
+        if (S::kFolds && ends_group) fold(stage_s, group_row, group);
+      }
+    }
+  };
+
+  const auto store_results = [&] {
+#pragma unroll
+    for (int i = 0; i < MI; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = block_row + warp_m * T::WARP_M + i * 16 + half * 8 + lane / 4;
+        if (row >= p.m) continue;
+        RowScale x = {0.0f, 0};
+        if (p.partials == nullptr) {
+          x.scale = load_global_constant<float>(p.row_scales + row);
+          if constexpr (S::kTwoLevel) x.row_sum = load_global_constant<int32_t>(p.row_sums + row);
+        }
+#pragma unroll
+        for (int j = 0; j < NI; ++j) {
+          const int column = block_column + warp_n * T::WARP_N + j * 8 + lane % 4 * 2;
+          if (column >= p.out.n) continue;
+          typename S::Accumulator sum0, sum1;
+          if constexpr (S::kFolds) {
+            sum0 = folded[i][j][half * 2];
+            sum1 = folded[i][j][half * 2 + 1];
+          } else {
+            sum0 = sums[i][j][half * 2];
+            sum1 = sums[i][j][half * 2 + 1];
+          }
+          if (p.partials == nullptr) {
+            finish_pair<S::kKind>(p.out, row, column, sum0, sum1, x);
+          } else {
+            const uint2 bits = {bits_from_accumulator(sum0), bits_from_accumulator(sum1)};
+            store_global<uint2>(p.partials + (static_cast<size_t>(split) * p.m + row) * p.padded_n + column,
+                                bits);
+          }
+        }
+      }
+    }
+  };
+
+  /* Fill the pipeline. Empty groups are committed too, so that the number of groups under way tells which
+   * tile has arrived. */
+#pragma unroll
+  for (int t = 0; t < kNumStages - 1; ++t) {
+    if (t < num_tiles) fetch_tile(t, t % S::kTilesPerGroup);
+    cp_async_commit();
+  }
+
+  /* Unrolled by the number of stages, an even number: stage and phase within a group are constants. */
+  for (int base = 0; base < num_tiles; base += kNumStages) {
+#pragma unroll
+    for (int u = 0; u < kNumStages; ++u) {
+      const int tile = base + u;
+      if (tile >= num_tiles) break;
+      cp_async_wait<kNumStages - 2>(); /* this thread's part of the tile has arrived ... */
+      sync_block(); /* ... everybody's has, and nobody still reads the stage that is refilled next */
+      if (tile + kNumStages - 1 < num_tiles) {
+        fetch_tile((u + kNumStages - 1) % kNumStages, (u + kNumStages - 1) % S::kTilesPerGroup);
+      }
+      cp_async_commit();
+      multiply_tile(u, u % S::kTilesPerGroup, first_tile + tile);
+    }
+  }
+  store_results(); /* groups still under way are empty */
+}
+
+/* Adds the partial sums of split-K in the order of k, whatever block finished first, and finishes the
+ * outputs. */
+struct ReduceParams {
+  const uint32_t* partials; /* Accumulator [split_k][m][padded_n] */
+  const float* row_scales;  /* FP32 [m] */
+  const int32_t* row_sums;  /* INT32 [m]; two_level only */
+  Output out;
+  int m;
+  int padded_n;
+  int split_k;
+};
+
+inline constexpr int kReduceThreads = 128;
+
+template <FptqScheme kKind>
+__global__ void __launch_bounds__(kReduceThreads) split_k_reduce_kernel(const ReduceParams p) {
+  const int row = block_id_x();
+  const int column = (block_id_y() * kReduceThreads + thread_id()) * 2;
+  if (column >= p.out.n) return;
+  const size_t stride = static_cast<size_t>(p.m) * p.padded_n;
+  const uint32_t* partial = p.partials + static_cast<size_t>(row) * p.padded_n + column;
+  RowScale x = {load_global_constant<float>(p.row_scales + row), 0};
+  if constexpr (kKind == FPTQ_TWO_LEVEL) x.row_sum = load_global_constant<int32_t>(p.row_sums + row);
+  using Accumulator = std::conditional_t<kKind == FPTQ_GROUP, float, int>;
+  Accumulator sum0 = 0, sum1 = 0;
+  for (int split = 0; split < p.split_k; ++split) {
+    const uint2 bits = load_global_constant<uint2>(partial + split * stride);
+    sum0 += accumulator_from_bits<Accumulator>(bits.x);
+    sum1 += accumulator_from_bits<Accumulator>(bits.y);
+  }
+  finish_pair<kKind>(p.out, row, column, sum0, sum1, x);
+}
+
+}  // namespace fptq
+
+#endif  // FPTQ_SRC_W4A8_GEMM_CUH

@@ -1,0 +1,369 @@
+"""The kernels of plugins/src as a host library: built with g++, called through ctypes, fed and judged with numpy.
+
+Nothing here shares code with the packers of the product: the layouts of fptq/layout.h are written down again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[3]
+HERE = Path(__file__).resolve().parent
+SOURCES = ("w4a8_gemm.cu", "w4a8_gemv.cu", "quantize_activation.cu", "w4a8_linear.cpp", "config.cpp", "status.cpp")
+COMPILE = (
+    "g++",
+    "-x",
+    "c++",
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-march=native",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+)
+QUIET = ("-Wno-unknown-pragmas",)  # #pragma unroll
+
+OK, NULL_POINTER, BAD_SHAPE, BAD_GROUP_SIZE, BAD_ALIGNMENT, BAD_CONFIG, SMALL_WORKSPACE, UNSUPPORTED, CUDA_ERROR = (
+    range(9)
+)
+PER_CHANNEL, GROUP, TWO_LEVEL = range(3)
+STATIC, PER_TOKEN = range(2)
+FLOAT16, BFLOAT16 = range(2)
+GEMV, GEMM = range(2)
+OUTPUT_TYPES: tuple[Any, ...] = (np.float16, ml_dtypes.bfloat16)
+Shape = tuple[int, int, int, int, int]  # block_m, block_n, warp_m, warp_n, stages
+TILES: tuple[Shape, ...] = (
+    (16, 128, 16, 32, 6),
+    (32, 128, 32, 32, 4),
+    (64, 64, 32, 32, 4),
+    (64, 128, 64, 32, 4),
+    (128, 128, 64, 32, 4),
+    (128, 128, 64, 64, 4),
+)
+FLOAT32_UNIT_ROUNDOFF = 2.0**-24
+
+
+class Desc(ctypes.Structure):
+    """FptqGemmDesc."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("m", "n", "k", "group_size", "scheme", "activation_mode", "output_type", "has_bias")
+    ]
+
+
+class Config(ctypes.Structure):
+    """FptqGemmConfig."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("kernel", "block_m", "block_n", "block_k", "warp_m", "warp_n", "stages", "split_k")
+    ]
+
+
+class Device(ctypes.Structure):
+    """FptqDevice."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("compute_capability", "multiprocessors", "shared_memory_bytes")]
+
+
+class Args(ctypes.Structure):
+    """FptqGemmArgs."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "weight_codes", "weight_scales", "channel_scales", "x_scale", "bias", "y")
+        ),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_size_t),
+    ]
+
+
+A100 = Device(80, 108, 166912)
+
+
+def build(
+    directory: Path, sources: Path | None = None, reuse: dict[str, Path] | None = None, defines: Sequence[str] = ()
+) -> Path:
+    """Compile the emulated kernels into a shared library; objects in `reuse` (by source name) are taken as they are."""
+    sources = sources or ROOT / "plugins/src"
+    directory.mkdir(parents=True, exist_ok=True)
+    flags = [
+        *COMPILE,
+        *QUIET,
+        "-DFPTQ_EMULATION",
+        *defines,
+        f"-I{ROOT / 'plugins/include'}",
+        f"-I{sources}",
+        f"-I{HERE}",
+    ]
+    objects = []
+    for path in (*(sources / name for name in SOURCES), HERE / "cuda_emulation.cpp"):
+        existing = (reuse or {}).get(path.name)
+        target = existing or directory / f"{path.name}.o"
+        if existing is None:
+            run([*flags, "-c", str(path), "-o", str(target)])
+        objects.append(str(target))
+    library = directory / "libfptq_emulation.so"
+    run(["g++", "-shared", *objects, "-o", str(library)])
+    return library
+
+
+def run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[:4000]}")
+
+
+def cached_library(cache: Path) -> Path:
+    """The library of the sources as they are now; built again only when one of them changes."""
+    plugins = ROOT / "plugins"
+    files = [plugins / "src" / name for name in SOURCES]
+    files += sorted([*plugins.glob("src/*.h"), *plugins.glob("src/*.cuh"), *plugins.glob("include/fptq/*.h")])
+    files += [HERE / "cuda_emulation.h", HERE / "cuda_emulation.cpp"]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    library = cache / f"emulation-{digest}" / "libfptq_emulation.so"
+    return library if library.exists() else build(library.parent)
+
+
+@dataclass
+class Weight:
+    """A quantized weight in the three forms tests need: integers, real scales, and the bytes of the kernel."""
+
+    values: NDArray[np.int64]  # [n, k]; two_level: s1 * u - z, the INT8 weight
+    scales: NDArray[np.float64]  # [n, groups]; two_level: [n, 1]
+    group_size: int  # that of `scales`
+    scheme: int
+    kernel_group: int
+    codes: NDArray[np.uint8] = field(repr=False)
+    scale_bytes: NDArray[Any] = field(repr=False)
+    channel_scales: NDArray[np.float32] | None = None
+
+
+def padded(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def packed_tiles(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Nibbles [n, k] in the tile order of layout.h, as bytes."""
+    n, k = nibbles.shape
+    full = np.zeros((padded(n, 16), padded(k, 64)), dtype=np.uint8)
+    full[:n, :k] = nibbles
+    # n = 16 nt + 8 nh + row;  k = 64 kt + 32 kh + 16 high + 4 quad + byte
+    tiles = full.reshape(full.shape[0] // 16, 2, 8, full.shape[1] // 64, 2, 2, 4, 4)
+    ordered = tiles.transpose(0, 3, 2, 6, 1, 4, 7, 5)  # nt kt row quad nh kh byte high
+    return np.ascontiguousarray(ordered[..., 0] | (ordered[..., 1] << 4)).reshape(-1)
+
+
+def group_major(scales: NDArray[Any], n: int) -> NDArray[Any]:
+    """[n, groups, ...] -> [groups, padded n, ...], padding zero."""
+    result = np.zeros((scales.shape[1], padded(n, 16), *scales.shape[2:]), dtype=scales.dtype)
+    result[:, :n] = np.moveaxis(scales, 0, 1)
+    return np.ascontiguousarray(result)
+
+
+def plain_weight(codes: NDArray[np.integer], scales: NDArray[np.float16], group_size: int) -> Weight:
+    """INT4 codes [n, k] with FP16 scales [n, groups]; group_size 0 is per channel."""
+    n, k = codes.shape
+    return Weight(
+        values=codes.astype(np.int64),
+        scales=scales.astype(np.float64),
+        group_size=group_size or k,
+        scheme=GROUP if group_size else PER_CHANNEL,
+        kernel_group=group_size,
+        codes=packed_tiles((codes.astype(np.int64) & 15).astype(np.uint8)),
+        scale_bytes=group_major(scales, n),
+    )
+
+
+def two_level_weight(
+    unsigned: NDArray[np.integer],
+    s1: NDArray[np.integer],
+    z: NDArray[np.integer],
+    scales: NDArray[np.float32],
+    group_size: int,
+) -> Weight:
+    """Codes u [n, k] in 0..15, integer scales s1 and offsets z [n, groups], FP32 channel scales [n]."""
+    n, k = unsigned.shape
+    pairs = np.stack([s1, 128 - z], axis=-1)
+    assert pairs.min() >= 0
+    assert (15 * pairs[..., 0] + pairs[..., 1]).max() <= 255
+    values = unsigned.astype(np.int64) * np.repeat(s1, group_size, axis=1) - np.repeat(z, group_size, axis=1)
+    channel = np.zeros(padded(n, 16), dtype=np.float32)
+    channel[:n] = scales
+    return Weight(
+        values=values,
+        scales=scales.astype(np.float64)[:, None],
+        group_size=k,
+        scheme=TWO_LEVEL,
+        kernel_group=group_size,
+        codes=packed_tiles(unsigned.astype(np.uint8)),
+        scale_bytes=group_major(pairs.astype(np.uint8), n),
+        channel_scales=channel,
+    )
+
+
+def random_weight(rng: np.random.Generator, n: int, k: int, scheme: int, group_size: int) -> Weight:
+    """Weights of ordinary size; group scales of both signs."""
+    if scheme == TWO_LEVEL:
+        groups = (n, k // group_size)
+        s1 = rng.integers(1, 17, groups)
+        z = np.clip(rng.integers(0, 120, groups), 15 * s1 - 119, 119)
+        return two_level_weight(
+            rng.integers(0, 16, (n, k)), s1, z, rng.uniform(1e-4, 1e-3, n).astype(np.float32), group_size
+        )
+    scales = rng.uniform(0.002, 0.02, (n, k // (group_size or k))) * rng.choice(
+        [-1.0, 1.0], (n, k // (group_size or k))
+    )
+    return plain_weight(rng.integers(-8, 8, (n, k)), scales.astype(np.float16), group_size)
+
+
+def aligned_copy(array: NDArray[Any], extra: int = 0) -> NDArray[Any]:
+    """The same values at an address that is a multiple of 256, plus `extra` bytes."""
+    storage = np.zeros(array.nbytes + 512, dtype=np.uint8)
+    start = -storage.ctypes.data % 256 + extra
+    view = storage[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+@dataclass
+class Result:
+    """What one call left behind."""
+
+    status: int
+    y: NDArray[Any]
+    error: str
+    counters: dict[str, int]
+    group_sums: NDArray[np.int64]
+    workspace: NDArray[np.uint8]
+
+
+COUNTERS = ("ldmatrix_conflicts", "load_conflicts", "multiplies", "matrix_loads", "async_copies", "barriers", "threads")
+
+
+class Kernels:
+    """The emulated library."""
+
+    def __init__(self, library: Path) -> None:
+        self.c = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL)
+        self.c.emulation_error.restype = ctypes.c_char_p
+        self.c.emulation_trace.restype = ctypes.POINTER(ctypes.c_int64)
+        self.c.fptqWorkspaceBytes.restype = ctypes.c_size_t
+        self.c.fptqStatusMessage.restype = ctypes.c_char_p
+
+    def add_range(self, array: NDArray[Any] | None, name: str, *, writable: bool = False) -> None:
+        """Let kernels read, and write, an array."""
+        if array is not None and array.nbytes:
+            self.c.emulation_add_range(
+                ctypes.c_void_p(array.ctypes.data), ctypes.c_int64(array.nbytes), int(writable), name.encode()
+            )
+
+    def options(self, *, load_conflicts: bool = False, reverse: bool = False, fail_launch: int = -1) -> None:
+        """Count conflicts of plain loads; run threads last to first; refuse the launch of this number."""
+        self.c.emulation_set_options(int(load_conflicts), int(reverse), ctypes.c_int64(fail_launch))
+
+    def counters(self) -> dict[str, int]:
+        """What the emulator counted since the reset."""
+        values = (ctypes.c_int64 * len(COUNTERS))()
+        self.c.emulation_counters(values)
+        return dict(zip(COUNTERS, values, strict=True))
+
+    def choose(self, desc: Desc, device: Device = A100) -> Config:
+        """Call fptqChooseConfig."""
+        config = Config()
+        status = self.c.fptqChooseConfig(ctypes.byref(desc), ctypes.byref(device), ctypes.byref(config))
+        assert status == OK, status
+        return config
+
+    def candidates(self, desc: Desc, device: Device = A100, capacity: int = 64) -> list[Config]:
+        """Call fptqCandidates."""
+        configs = (Config * capacity)()
+        count = ctypes.c_int32()
+        status = self.c.fptqCandidates(ctypes.byref(desc), ctypes.byref(device), configs, capacity, ctypes.byref(count))
+        assert status == OK, status
+        return list(configs[: count.value])
+
+    def explain(self, desc: Desc, device: Device = A100) -> str:
+        """Call fptqExplainConfigs."""
+        size = self.c.fptqExplainConfigs(ctypes.byref(desc), ctypes.byref(device), None, 0)
+        assert size > 0, size
+        text = ctypes.create_string_buffer(size)
+        assert self.c.fptqExplainConfigs(ctypes.byref(desc), ctypes.byref(device), text, size) == size
+        return text.value.decode()
+
+    def linear(
+        self,
+        x: NDArray[Any],
+        weight: Weight,
+        config: Config | None = None,
+        *,
+        static_scale: float | None = None,
+        bias: NDArray[Any] | None = None,
+        trace: bool = False,
+        x_offset: int = 0,
+        n: int | None = None,
+        **options: Any,
+    ) -> Result:
+        """fptqW4A8Linear; x [m, k] is FP16 or BF16, which is also the output type."""
+        m, k = x.shape
+        n = weight.values.shape[0] if n is None else n
+        output_type = OUTPUT_TYPES.index(x.dtype.type)
+        mode = PER_TOKEN if static_scale is None else STATIC
+        desc = Desc(m, n, k, weight.kernel_group, weight.scheme, mode, output_type, int(bias is not None))
+        config = config or self.choose(desc)
+        size = self.c.fptqWorkspaceBytes(ctypes.byref(desc), ctypes.byref(config))
+        guard = 64  # elements; stores past the end are caught by the emulator, and by these
+        y = aligned_copy(np.full(m * n + guard, np.nan, dtype=x.dtype))
+        arrays: dict[str, NDArray[Any] | None] = {
+            "x": aligned_copy(x, x_offset),
+            "weight_codes": aligned_copy(weight.codes),
+            "weight_scales": aligned_copy(weight.scale_bytes),
+            "channel_scales": None if weight.channel_scales is None else aligned_copy(weight.channel_scales),
+            "x_scale": None if static_scale is None else aligned_copy(np.array([static_scale], dtype=np.float32)),
+            "bias": None if bias is None else aligned_copy(bias),
+            "workspace": aligned_copy(np.full(size, 0xA5, dtype=np.uint8)),
+        }
+        self.c.emulation_reset()
+        self.options(**options)
+        for name, array in arrays.items():
+            self.add_range(array, name, writable=name == "workspace")
+        self.add_range(y[: m * n], "y", writable=True)
+        groups = k // weight.group_size
+        if trace:
+            self.c.emulation_start_trace(m, n, groups)
+        pointers = {name: None if a is None else a.ctypes.data for name, a in arrays.items()}
+        args = Args(**pointers, y=y.ctypes.data, workspace_bytes=size)
+        status = self.c.fptqW4A8Linear(ctypes.byref(desc), ctypes.byref(config), ctypes.byref(args), None)
+        sums = np.zeros((m, n, groups), dtype=np.int64)
+        if trace:
+            sums = np.ctypeslib.as_array(self.c.emulation_trace(), shape=(m, n, groups)).copy()
+        assert np.isnan(y[m * n :].astype(np.float32)).all(), "wrote past y"
+        workspace = arrays["workspace"]
+        assert workspace is not None
+        return Result(
+            status, y[: m * n].reshape(m, n), self.c.emulation_error().decode(), self.counters(), sums, workspace
+        )
+
+
+def gemm(tile: Shape, split_k: int = 1) -> Config:
+    block_m, block_n, warp_m, warp_n, stages = tile
+    return Config(GEMM, block_m, block_n, 64, warp_m, warp_n, stages, split_k)
+
+
+def gemv(rows: int) -> Config:
+    return Config(GEMV, rows, 16, 64, rows, 16, 4, 1)
