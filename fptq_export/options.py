@@ -62,6 +62,8 @@ class RunOptions(BaseModel):
     compute_capability: tuple[str, ...] = ("8.0", "8.6", "8.9", "12.0")
     """GPUs a TensorRT-RTX engine is built for."""
     builder_optimization_level: int = Field(default=3, ge=0, le=5)
+    plugin: Literal["off", "on"] = "off"
+    """Whether the W4A8 plugin runs the quantized linears; off lowers them to standard operators."""
     mem_pool_size: str | None = None
     """`workspace:8G`, as trtexec takes it."""
     keep: bool = True

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from fptq_export.build.builder_log import last_lines_from_log, messages_from_log
 from fptq_export.build.layer_list import EngineLayer, PrecisionReport, check_layers, layers_from_log
+from fptq_export.build.loader_path import loader_environment
 from fptq_export.build.memory_pools import MEMORY_POOLS
 from fptq_export.build.profiles import Profile, check_profiles, inputs_from_graph
 from fptq_export.build.protocol import Built, Failed, Job, Progressed, event_from_line, line_from_job
@@ -53,7 +54,7 @@ class BuildRequest:
     """Where the builder's VERBOSE log is kept, whether the build succeeds or not."""
     target: Target
     quantized: Mapping[str, int]
-    """Number of INT4 codes (in x out) of each quantized linear, by torch path."""
+    """Number of INT4 codes (in x out, padding of packed weights included) of each quantized linear, by torch path."""
     profiles: tuple[Profile, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     """`8.9`, `12.0`, ...; empty is the library's own choice, and all that `tensorrt` takes."""
@@ -61,6 +62,10 @@ class BuildRequest:
     """0 to 5; None is the library's own choice."""
     memory_pools: Mapping[str, int] = field(default_factory=dict)
     """Bytes by trtexec's pool name, from `mem_pools_from_option`."""
+    plugin: Mapping[str, str] = field(default_factory=dict)
+    """Operator of each linear that the plugin runs, by torch path."""
+    plugin_library: Path | None = None
+    """The library with the plugin; needed where `plugin` is not empty."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
     with atomic_path(request.engine_path) as partial:
         built = _run_job(_job_from_request(request, partial), request.log_path, progress)
         layers = layers_from_log(request.log_path)
-        precision = check_layers(layers, request.quantized, profiles=max(1, len(request.profiles)))
+        precision = check_layers(layers, request.quantized, max(1, len(request.profiles)), request.plugin)
     return BuildReport(
         target=request.target,
         library_version=built.library_version,
@@ -179,13 +184,17 @@ def _job_from_request(request: BuildRequest, engine_path: Path) -> Job:
         compute_capabilities=request.compute_capabilities,
         optimization_level=request.optimization_level,
         memory_pools={MEMORY_POOLS[name]: limit for name, limit in request.memory_pools.items()},
+        plugin_library=request.plugin_library.absolute() if request.plugin_library is not None else None,
     )
 
 
 def _run_job(job: Job, log_path: Path, progress: Progress) -> Built:
     """Have a worker do the job. Raises what `build_engine` raises when it does not get done."""
-    with _kept_log(log_path) as log, progress.task("Building the engine", total=100.0) as task:
-        outcome = _outcome_of_worker(job, log, task)
+    with ExitStack() as stack:
+        loader = stack.enter_context(loader_environment(job.target)) if job.plugin_library is not None else {}
+        log = stack.enter_context(_kept_log(log_path))
+        task = stack.enter_context(progress.task("Building the engine", total=100.0))
+        outcome = _outcome_of_worker(job, log, task, loader)
     if isinstance(outcome, Built):
         return outcome
     errors = [text[:_SHOWN_CHARACTERS] for text in messages_from_log(log_path, "FE")][-_SHOWN_ERRORS:]
@@ -204,14 +213,14 @@ def _run_job(job: Job, log_path: Path, progress: Progress) -> Built:
     raise FptqError(f"the process that ran TensorRT ended with code {outcome}; {hint}{tail}")
 
 
-def _outcome_of_worker(job: Job, log: BinaryIO, task: Task) -> Built | Failed | int:
-    """What the worker sent last, or its exit code when it sent no result."""
+def _outcome_of_worker(job: Job, log: BinaryIO, task: Task, loader: Mapping[str, str]) -> Built | Failed | int:
+    """What the worker sent last, or its exit code when it sent no result. `loader` is added to its environment."""
     process = subprocess.Popen(
         [sys.executable, "-m", _WORKER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=_environment(),
+        env={**_environment(), **loader},
         # Ctrl-C goes to this process alone, which then ends the worker: TensorRT aborts when a callback raises.
         start_new_session=True,
     )

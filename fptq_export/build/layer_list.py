@@ -10,6 +10,8 @@ data types of its constants and the ONNX nodes it was made from. It needs no GPU
   right, the GEMM is not fused.
 * Without the barrier of the lowering (see `rewrite`) a block-quantized weight is unpacked to Int8, multiplied over all
   of `in`, and scaled afterwards by a constant of the wrong length. Nothing warns; the numbers are wrong.
+* A linear that the plugin runs is one layer of type `custom_layer` (`PluginV3` in TensorRT proper) that names its node
+  `<torch path>/FptqW4A8Gemm...` and holds an Int4 constant with the padding of the packed weight.
 * Every optimization profile has its own copy of each layer; the weights are shared.
 """
 
@@ -43,6 +45,8 @@ _TACTIC = re.compile(r"Tactic(?:Name|Value): ([^,]+),")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|\s*$)")
 _MATMUL = re.compile(r"MatMul(_\d+)?")
 _DEQUANTIZE = re.compile(r"DequantizeLinear(_\d+)?")
+_PLUGIN = re.compile(r"FptqW4A8Gemm(Static|PerToken)(_\d+)?")
+_PLUGIN_TYPES = frozenset({"custom_layer", "PluginV3", "PLUGIN_V3"})
 _BARRIER = re.compile(r"Max(_\d+)?")
 
 
@@ -94,6 +98,8 @@ class PrecisionReport:
     """Torch paths of linears whose weight is dequantized in a layer of its own at every call."""
     layers_by_type: Mapping[str, int]
     profiles: int
+    plugin_layers: int = 0
+    """Layers of one profile that the plugin runs, one a linear."""
 
 
 def layers_from_log(log_path: Path) -> tuple[EngineLayer, ...]:
@@ -117,18 +123,26 @@ def layers_from_log(log_path: Path) -> tuple[EngineLayer, ...]:
     return tuple(layers)
 
 
-def check_layers(layers: Sequence[EngineLayer], quantized: Mapping[str, int], profiles: int = 1) -> PrecisionReport:
+def check_layers(
+    layers: Sequence[EngineLayer],
+    quantized: Mapping[str, int],
+    profiles: int = 1,
+    plugin: Mapping[str, str] | None = None,
+) -> PrecisionReport:
     """Check that every quantized linear runs from an INT4 constant, and that none is unpacked to INT8.
 
     Args:
         layers: Layers of the engine.
-        quantized: Number of INT4 codes (in x out) of each quantized linear, by torch path.
+        quantized: Number of INT4 codes (in x out, with the padding of packed weights) of each quantized linear, by
+            torch path.
         profiles: Optimization profiles of the engine; each has its own copy of every layer.
+        plugin: Operator of each linear that the plugin must run, by torch path; no other linear may run there.
 
     Raises:
-        PrecisionError: Naming every linear that is missing, doubled, of another size, or unpacked to INT8, and every
-            INT4 constant that belongs to no linear of the policy.
+        PrecisionError: Naming every linear that is missing, doubled, of another size, unpacked to INT8, or not run by
+            what must run it, and every INT4 constant that belongs to no linear of the policy.
     """
+    plugin = plugin or {}
     problems: list[str] = []
     holders: dict[str, list[EngineLayer]] = {path: [] for path in quantized}
     for layer in layers:
@@ -148,6 +162,7 @@ def check_layers(layers: Sequence[EngineLayer], quantized: Mapping[str, int], pr
         elif len(found) != profiles:
             names = ", ".join(layer.name for layer in found)
             problems.append(f"{path}: {len(found)} layers hold its INT4 codes, {profiles} expected ({names})")
+        problems += [problem for layer in found for problem in _plugin_problems(layer, path, plugin.get(path))]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise PrecisionError(f"the engine does not run what the policy says, so it is not published:{lines}")
@@ -156,10 +171,13 @@ def check_layers(layers: Sequence[EngineLayer], quantized: Mapping[str, int], pr
         int4_constants=sum(constant.datatype == _INT4 for layer in layers for constant in layer.constants),
         int4_codes=sum(quantized.values()),
         unfused=tuple(
-            path for path, found in holders.items() if not all(_names_matmul(layer, path) for layer in found)
+            path
+            for path, found in holders.items()
+            if path not in plugin and not all(_names_matmul(layer, path) for layer in found)
         ),
         layers_by_type=dict(sorted(Counter(layer.type for layer in layers).items())),
         profiles=profiles,
+        plugin_layers=len(plugin),
     )
 
 
@@ -188,9 +206,9 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
 
 
 def _owners(layer: EngineLayer, quantized: Mapping[str, int]) -> list[str]:
-    """Linears whose codes a layer holds: those whose MatMul it runs; where it runs none, those it dequantizes."""
-    by_matmul = _paths(layer.onnx_nodes, _MATMUL)
-    paths = by_matmul if any(path in quantized for path in by_matmul) else _paths(layer.onnx_nodes, _DEQUANTIZE)
+    """Linears whose codes a layer holds: those whose MatMul or plugin it runs; without any, those it dequantizes."""
+    computed = [*_paths(layer.onnx_nodes, _MATMUL), *_paths(layer.onnx_nodes, _PLUGIN)]
+    paths = computed if any(path in quantized for path in computed) else _paths(layer.onnx_nodes, _DEQUANTIZE)
     return [path for path in dict.fromkeys(paths) if path in quantized]
 
 
@@ -202,6 +220,16 @@ def _paths(nodes: Iterable[str], operator: re.Pattern[str]) -> list[str]:
 
 def _names_matmul(layer: EngineLayer, path: str) -> bool:
     return path in _paths(layer.onnx_nodes, _MATMUL)
+
+
+def _plugin_problems(layer: EngineLayer, path: str, operator: str | None) -> list[str]:
+    """A linear in the plugin that belongs elsewhere, the reverse, or in the plugin's other mode."""
+    runs_plugin = layer.type in _PLUGIN_TYPES
+    if operator is None:
+        return [f"{path}: the plugin runs it in layer {layer.name}, natively expected"] if runs_plugin else []
+    if not runs_plugin or f"{path}/{operator}" not in layer.onnx_nodes:
+        return [f"{path}: layer {layer.name} ({layer.type}) runs it, {operator} of the plugin expected"]
+    return []
 
 
 def _unpacking_problems(layer: EngineLayer, owners: Sequence[str], layers: Sequence[EngineLayer]) -> list[str]:

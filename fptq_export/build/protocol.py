@@ -45,6 +45,8 @@ class Job:
     optimization_level: int | None
     memory_pools: dict[str, int]
     """Member of `MemoryPoolType` -> bytes."""
+    plugin_library: Path | None = None
+    """Library of the plugins the graph needs."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fptq_export.build.tensorrt import tensorrt_for_target
 from fptq_export.errors import UserError
 from fptq_export.files import user_error_from_os_error
 
-__all__ = ["configured", "main"]
+__all__ = ["configured", "load_plugins", "main"]
 
 _REPORT_SECONDS = 0.1
 """Least time between two progress events, so that thousands of steps do not flood the pipe."""
@@ -69,6 +69,8 @@ def _build(job: Job, events: BinaryIO) -> Built:
     trt = tensorrt_for_target(job.target)
     logger = _logger(trt)
     builder = trt.Builder(logger)
+    if job.plugin_library is not None:
+        load_plugins(trt, job.plugin_library)
     config = configured(trt, builder, job)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
@@ -83,6 +85,19 @@ def _build(job: Job, events: BinaryIO) -> Built:
     with job.engine_path.open("wb") as file:
         file.write(memoryview(engine))
     return Built(job.engine_path.stat().st_size, str(trt.__version__), _peak_memory_bytes())
+
+
+def load_plugins(trt: Any, library: Path) -> None:
+    """Have TensorRT load a plugin library. Raises UserError when it brings no plugin.
+
+    The handle says nothing (TensorRT for RTX 1.7.1 returns an empty one on success), so the creators are counted.
+    """
+    registry = trt.get_plugin_registry()
+    before = len(registry.all_creators)
+    registry.load_library(str(library))
+    if len(registry.all_creators) == before:
+        cause = f"{trt.__name__} {trt.__version__} cannot load this plugin library"
+        raise UserError(str(library), cause, "build it again: python -m fptq_export.plugin build")
 
 
 def configured(trt: Any, builder: Any, job: Job) -> Any:

@@ -17,11 +17,14 @@ from fptq_export.build.profiles import (
     shapes_from_option,
 )
 from fptq_export.build.targets import Target
+from fptq_export.files import PARTIAL_SUFFIX
 from fptq_export.options import RunOptions
+from fptq_export.packing import padded_shape
+from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
-from fptq_export.policy import read_policy
+from fptq_export.policy import LayerPolicy, read_policy
 from fptq_export.progress import Progress
-from fptq_export.rewrite import lower_for_tensorrt
+from fptq_export.rewrite import Lowered, lower_for_plugin, lower_for_tensorrt
 
 __all__ = ["build"]
 
@@ -32,20 +35,24 @@ def build(
     """Build the engine of `model.w4a8.onnx`; it gets its name only after its layers matched the policy."""
     quantized = read_policy(directory.policy).quantized()
     profile = _profile(directory.w4a8, options)
-    with tempfile.TemporaryDirectory() as scratch:
-        lowered = Path(scratch) / "lowered.onnx"
-        lower_for_tensorrt(directory.w4a8, lowered)
+    libraries = plugin_libraries(options, target)
+    # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.
+    with tempfile.TemporaryDirectory(dir=directory.path, prefix=".lowered", suffix=PARTIAL_SUFFIX) as scratch:
+        graph = Path(scratch) / "lowered.onnx"
+        lowered = _lower(directory.w4a8, graph, use_plugin=bool(libraries))
         request = BuildRequest(
-            onnx_path=lowered,
-            weights_dir=directory.path,
+            onnx_path=graph,
+            weights_dir=graph.parent if libraries else directory.path,
             engine_path=engine,
             log_path=directory.build_log,
             target=target,
-            quantized={path: layer.in_features * layer.out_features for path, layer in quantized.items()},
+            quantized={path: _int4_codes(layer, path in lowered.plugin) for path, layer in quantized.items()},
             profiles=(profile,) if profile is not None else (),
             compute_capabilities=options.compute_capability if target is Target.TENSORRT_RTX else (),
             optimization_level=options.builder_optimization_level,
             memory_pools=mem_pools_from_option(options.mem_pool_size or ""),
+            plugin=lowered.plugin,
+            plugin_library=next(iter(libraries), None),
         )
         report = build_engine(request, progress)
     return {
@@ -57,8 +64,25 @@ def build(
         "quantized_linears": report.precision.quantized_linears,
         "int4_constants": report.precision.int4_constants,
         "unfused": report.precision.unfused,
+        "plugin_layers": report.precision.plugin_layers,
+        "not_in_plugin": lowered.left_alone,
         "warnings": report.warnings,
     }
+
+
+def _lower(w4a8: Path, graph: Path, *, use_plugin: bool) -> Lowered:
+    if use_plugin:
+        return lower_for_plugin(w4a8, graph)
+    lower_for_tensorrt(w4a8, graph)
+    return Lowered()
+
+
+def _int4_codes(layer: LayerPolicy, in_plugin: bool) -> int:
+    """INT4 codes of a linear in the engine; packed weights are padded to whole tiles."""
+    if not in_plugin:
+        return layer.in_features * layer.out_features
+    padded_n, padded_k = padded_shape(layer.out_features, layer.in_features)
+    return padded_n * padded_k
 
 
 def _profile(graph: Path, options: RunOptions) -> Profile | None:

@@ -24,6 +24,7 @@ from fptq_export.files import remove_partial_files, write_json_model
 from fptq_export.graph_io import data_path
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
+from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
@@ -147,6 +148,7 @@ class _Road:
         if self._replays:
             read_policy(Path(options.policy))
         if "build" in stages and options.engine is not None:
+            plugin_libraries(options, self._target)
             check_target(self._target)
             mem_pools_from_option(options.mem_pool_size or "")
             if self._target is Target.ONNX:
@@ -330,11 +332,13 @@ class _Road:
             "compute_capability",
             "builder_optimization_level",
             "mem_pool_size",
+            "plugin",
         )
+        plugin = plugin_libraries(self._options, self._target)
         self._stage(
             "build",
             {**parts, "target": str(self._target), "library": _library_versions().get(library or "")},
-            (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy),
+            (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy, *plugin),
             (engine, self._dir.build_log),
             lambda: build(self._dir, engine, self._target, self._options, self._progress),
         )

@@ -98,6 +98,7 @@ def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("engine layers", str(figures["engine_layers"])),
         ("quantized linears found in the engine, as INT4", str(figures["quantized_linears"])),
         ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
+        ("of these run by the W4A8 plugin", str(figures.get("plugin_layers", 0))),
         ("built with", f"{figures['target']} {figures['library_version']}"),
     ]
 

@@ -3,14 +3,16 @@
 1. `FoldEqualization` first: it changes float weights, which exist only before quantization.
 2. `InsertQdq`: the standard form, `model.qdq.onnx`.
 3. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
-4. `LowerToNative` and `LintPrecision`: per target, at build time, on a copy that is never written beside the others.
+4. Per target, at build time, on a copy that is never written beside the others: `LowerToPlugin` where the plugin is
+   used, then `LowerToNative` for every linear that is still portable, then `LintPrecision`.
 
 `CheckInvariants` runs after 2 and 3.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -26,9 +28,10 @@ from fptq_export.rewrite.fuse_w4a8_linears import FuseW4A8Linears
 from fptq_export.rewrite.insert_qdq import InsertQdq
 from fptq_export.rewrite.lint_precision import LintPrecision
 from fptq_export.rewrite.lower_to_native import LowerToNative
+from fptq_export.rewrite.lower_to_plugin import LowerToPlugin
 from fptq_export.sites import Sites
 
-__all__ = ["RewritePaths", "lower_for_tensorrt", "rewrite"]
+__all__ = ["Lowered", "RewritePaths", "lower_for_plugin", "lower_for_tensorrt", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class RewritePaths:
     model: Path
     qdq: Path
     w4a8: Path
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Who runs the quantized linears of a lowered graph; those of neither mapping run natively by choice."""
+
+    plugin: Mapping[str, str] = field(default_factory=dict)
+    """Torch path -> operator of the plugin."""
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+    """Torch path -> why the plugin does not run it."""
 
 
 def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArrays, progress: Progress) -> None:
@@ -87,3 +100,25 @@ def lower_for_tensorrt(w4a8: Path, lowered: Path) -> None:
     LintPrecision()(model)
     with atomic_path(lowered) as partial:
         onnx.save(ir.to_proto(model), str(partial), format="protobuf")
+
+
+def lower_for_plugin(w4a8: Path, lowered: Path) -> Lowered:
+    """Write the graph a TensorRT with our plugin builds, and its weights in tile order beside it.
+
+    Linears that the kernels cannot run are lowered as in `lower_for_tensorrt`; the result says which and why.
+
+    Args:
+        w4a8: `model.w4a8.onnx`.
+        lowered: Where the lowered graph goes; all its weights go to the data file beside it.
+
+    Raises:
+        PrecisionError: The graph would run another precision than it says.
+    """
+    model = load_graph(w4a8)
+    to_plugin = LowerToPlugin()
+    to_plugin(model)
+    LowerToNative()(model)
+    LintPrecision()(model)
+    write_weights(model, data_path(lowered))
+    save_graph(model, lowered)
+    return Lowered(to_plugin.lowered, to_plugin.left_alone)

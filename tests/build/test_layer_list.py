@@ -13,6 +13,10 @@ from fptq_export.errors import PrecisionError
 CODES = 256 * 128
 Q, K, V = "layer.q_proj", "layer.k_proj", "layer.v_proj"
 MIXED = {Q: CODES, K: CODES, V: CODES}
+STATIC, PER_TOKEN = "layer0", "layer1"
+TILED = dict.fromkeys((STATIC, PER_TOKEN), 208 * 192)
+"""Linears of 192 x 200 channels in `plugin.txt`; packed weights are padded to whole tiles."""
+PLUGIN = {STATIC: "FptqW4A8GemmStatic", PER_TOKEN: "FptqW4A8GemmPerToken"}
 
 
 def layer(
@@ -185,3 +189,36 @@ def test_unreadable_layer_proves_nothing(golden: Path, tmp_path: Path) -> None:
     (tmp_path / "log").write_text(text, encoding="utf-8")
     with pytest.raises(PrecisionError, match="cannot read this layer"):
         layers_from_log(tmp_path / "log")
+
+
+def test_plugin_layers_are_counted(golden: Path) -> None:
+    """Linears that the plugin runs are found by their node, hold padded codes, and are none of the unfused."""
+    report = check_layers(layers_from_log(golden / "plugin.txt"), TILED, plugin=PLUGIN)
+    assert (report.plugin_layers, report.int4_constants, report.unfused) == (2, 2, ())
+    assert report.layers_by_type["custom_layer"] == 2
+
+
+def test_linear_that_should_run_natively_is_refused_in_the_plugin(golden: Path) -> None:
+    """Without being asked the plugin runs nothing."""
+    with pytest.raises(PrecisionError, match=r"layer1: the plugin runs it in layer .*, natively expected"):
+        check_layers(layers_from_log(golden / "plugin.txt"), TILED, plugin={STATIC: PLUGIN[STATIC]})
+
+
+def test_linear_that_should_run_in_the_plugin_is_refused_elsewhere(golden: Path) -> None:
+    """An engine that fell back to the native lowering is no engine with the plugin."""
+    plugin = {Q: "FptqW4A8GemmStatic"}
+    with pytest.raises(PrecisionError, match=r"q_proj: layer .* \(runtime_fusion\) runs it, FptqW4A8GemmStatic of the"):
+        check_layers(layers_from_log(golden / "mixed.txt"), MIXED, plugin=plugin)
+
+
+def test_other_mode_of_the_plugin_is_refused(golden: Path) -> None:
+    """Per token where the policy says static is another precision."""
+    plugin = {**PLUGIN, STATIC: "FptqW4A8GemmPerToken"}
+    with pytest.raises(PrecisionError, match=r"layer0: layer .* FptqW4A8GemmPerToken of the plugin expected"):
+        check_layers(layers_from_log(golden / "plugin.txt"), TILED, plugin=plugin)
+
+
+def test_plugin_weight_without_padding_is_refused(golden: Path) -> None:
+    """The codes in the engine are those of the packed weight, not of another one."""
+    with pytest.raises(PrecisionError, match="holds 39936 INT4 codes, 38400 expected"):
+        check_layers(layers_from_log(golden / "plugin.txt"), dict.fromkeys(TILED, 200 * 192), plugin=PLUGIN)

@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
-    {"errors", "files", "graph_io", "memory", "numerics", "options", "packing", "policy", "progress", "sites"}
+    {"cpu", "errors", "files", "graph_io", "memory", "numerics", "options", "packing", "policy", "progress", "sites"}
 )
 DRIVERS = frozenset({"__main__", "cli", "pipeline"})
 """May import everything; nothing but drivers may import them."""
-STAGES = frozenset({"build", "package", "rewrite", "trace", "verify"})
+STAGES = frozenset({"build", "package", "plugin", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"
 TENSORRT = frozenset({"tensorrt", "tensorrt_rtx"})
 HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx")

@@ -1,0 +1,31 @@
+"""Which plugin library a run builds its engine with."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from fptq_export.build.targets import Target
+from fptq_export.errors import UserError
+from fptq_export.options import RunOptions
+from fptq_export.plugin import library_for_loading
+
+__all__ = ["plugin_libraries"]
+
+
+def plugin_libraries(options: RunOptions, target: Target) -> tuple[Path, ...]:
+    """The library of `--plugin on`; none with `--plugin off`.
+
+    Raises:
+        UserError: The plugin cannot run this graph or on this target, or it is not built.
+    """
+    if options.plugin == "off":
+        return ()
+    where = "--plugin on"
+    if options.dtype == "fp32":
+        raise UserError(where, "the kernels compute in FP16 or BF16", "choose another --dtype, or --plugin off")
+    if target is Target.ONNX:
+        raise UserError(where, "there is no engine with --target onnx", "leave one of the two out")
+    if platform.system() != "Linux":
+        raise UserError(where, "the plugin is built on Linux only", "use --plugin off, which needs no library of ours")
+    return (library_for_loading(),)

@@ -1,0 +1,74 @@
+"""`--plugin on` from the command line to an engine whose linears are plugin layers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fptq_export.plugin.library import DIRECTORY_VARIABLE
+from tests.pipeline.conftest import FILES, Command
+from tests.support.plugin import built_double
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the plugin is built on Linux only")
+
+
+@pytest.fixture
+def plugin_directory(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The plugin with a double of its kernels, where the command looks for it."""
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(built_double()))
+    return built_double()
+
+
+def test_every_linear_is_a_plugin_layer(
+    run_copy: Path, tmp_path: Path, command: Command, plugin_directory: Path
+) -> None:
+    """All 14 linears of the tiny model run in the plugin; nothing is left behind; the second run builds nothing."""
+    words = ("build", run_copy, "--engine", tmp_path / "plugin.plan", "--plugin", "on")
+    outcome = command(*words)
+    assert outcome.code == 0, outcome.err
+    record = json.loads((run_copy / "manifest.json").read_text())["stages"]["build"]["summary"]
+    assert (record["plugin_layers"], record["quantized_linears"], record["not_in_plugin"]) == (14, 14, {})
+    assert record["layers_by_type"]["custom_layer"] == 14
+    assert {path.name for path in run_copy.iterdir()} - {".lock"} == FILES
+    assert "build: up to date" in command(*words).err
+
+
+def test_without_the_option_there_is_no_plugin(run_copy: Path, tmp_path: Path, command: Command) -> None:
+    """The default engine needs no library of ours."""
+    outcome = command("build", run_copy, "--engine", tmp_path / "native.plan")
+    assert outcome.code == 0, outcome.err
+    record = json.loads((run_copy / "manifest.json").read_text())["stages"]["build"]["summary"]
+    assert record["plugin_layers"] == 0
+    assert "custom_layer" not in record["layers_by_type"]
+
+
+def test_missing_library_is_refused_before_anything_is_built(
+    run_copy: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The person learns the command that builds the library."""
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    outcome = command("build", run_copy, "--engine", tmp_path / "plugin.plan", "--plugin", "on")
+    assert outcome.code == 1
+    assert "python -m fptq_export.plugin build" in outcome.err
+    assert not (tmp_path / "plugin.plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (("--dtype", "fp32"), "the kernels compute in FP16 or BF16"),
+        (("--target", "onnx"), "there is no engine with --target onnx"),
+        (("--plugin", "maybe"), "--plugin"),
+    ],
+)
+def test_what_the_plugin_cannot_do_is_refused(
+    run_copy: Path, tmp_path: Path, command: Command, plugin_directory: Path, words: tuple[str, ...], cause: str
+) -> None:
+    """Wrong combinations end with 1 and a sentence, before a stage starts."""
+    outcome = command("build", run_copy, "--engine", tmp_path / "plugin.plan", "--plugin", "on", *words)
+    assert outcome.code == 1
+    assert cause in outcome.err
+    assert not (tmp_path / "plugin.plan").exists()
