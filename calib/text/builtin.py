@@ -40,7 +40,8 @@ def _held_out_topics() -> list[str]:
 
 
 def _unique_paragraphs(names: Iterable[str]) -> list[str]:
-    paragraphs = (paragraph for name in names for paragraph in topics[name].split(_BREAK))
+    # Some Python versions end topics with a line break, which would join into an empty paragraph.
+    paragraphs = (paragraph.strip("\n") for name in names for paragraph in topics[name].split(_BREAK))
     return list({_key(paragraph): paragraph for paragraph in paragraphs if paragraph.strip()}.values())
 
 
