@@ -54,9 +54,9 @@ def test_held_out_half_is_about_a_fifth() -> None:
 
 
 def test_windows_come_from_the_text_in_order_and_do_not_overlap(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    """All windows of the text, put together again, are the text."""
+    """All windows of the text, put together again, are the text; a blank line ends a document."""
     whole = token_batches(options(size=10**6), tiny_tokenizer, VOCABULARY)
-    expected = tiny_tokenizer.encode(calibration_text(), add_special_tokens=False)
+    expected = tiny_tokenizer.encode(f"{calibration_text()}\n\n", add_special_tokens=False)
     assert whole.tokens.dtype == np.int64
     assert whole.tokens.reshape(-1).tolist() == expected[: whole.count]
 
@@ -88,7 +88,7 @@ def test_every_window_starts_as_the_tokenizer_starts_a_text() -> None:
     assert not (batches.tokens[:, 1:] == 7).any()
     assert (
         batches.tokens[:, 1:].reshape(-1).tolist()
-        == tokenizer.encode(calibration_text(), add_special_tokens=False)[: batches.tokens[:, 1:].size]
+        == tokenizer.encode(f"{calibration_text()}\n\n", add_special_tokens=False)[: batches.tokens[:, 1:].size]
     )
     assert (held_out_windows(tokenizer, 5, 16)[:, 0] == 7).all()
 
