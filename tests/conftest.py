@@ -23,6 +23,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+    from tests.support.traced import Traced
+
     ModelDirFactory = Callable[[PretrainedConfig], Path]
 
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -165,6 +167,33 @@ def tiny_opt_dir(make_model_dir: ModelDirFactory) -> Path:
             do_layer_norm_before=True,
         )
     )
+
+
+@pytest.fixture(scope="session")
+def llama_fp32(make_model_dir: ModelDirFactory) -> Traced:
+    """RMSNorm, gated MLP, grouped-query attention, untied head."""
+    from tests.support.models import model_once, tiny_llama
+    from tests.support.traced import traced_once
+
+    return traced_once(model_once(make_model_dir, tiny_llama()), "fp32")
+
+
+@pytest.fixture(scope="session")
+def llama_fp16(make_model_dir: ModelDirFactory) -> Traced:
+    """The same in FP16."""
+    from tests.support.models import model_once, tiny_llama
+    from tests.support.traced import traced_once
+
+    return traced_once(model_once(make_model_dir, tiny_llama()), "fp16")
+
+
+@pytest.fixture(scope="session")
+def opt_fp32(make_model_dir: ModelDirFactory) -> Traced:
+    """LayerNorm with bias, ReLU MLP on two-dimensional tensors, biases, tied head."""
+    from tests.support.models import model_once, tiny_opt
+    from tests.support.traced import traced_once
+
+    return traced_once(model_once(make_model_dir, tiny_opt()), "fp32")
 
 
 @pytest.fixture

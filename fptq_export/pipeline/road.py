@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from fptq_export.files import remove_partial_files, write_json_model
 from fptq_export.graph_io import data_path
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
+from fptq_export.pipeline.environment import environment, library_versions
 from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
@@ -52,7 +53,6 @@ _GRAPH_DTYPES: Mapping[str, Literal["float16", "bfloat16", "float32"]] = {
     "bf16": "bfloat16",
     "fp32": "float32",
 }
-_LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx")
 _TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -94,15 +94,16 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
     return runner.manifest
 
 
-def _locked(directory: Path) -> FileLock:
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     """One run at a time in a directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", blocking=False)
     try:
-        lock.acquire()
+        lock = FileLock(directory / ".lock", blocking=False).acquire()
     except Timeout:
         raise UserError(str(directory), "another run is working here", "wait for it, or choose another -o") from None
-    return lock
+    with lock:
+        yield
 
 
 def _manifest(options: RunOptions, command: str) -> Manifest:
@@ -111,15 +112,9 @@ def _manifest(options: RunOptions, command: str) -> Manifest:
         tool_version=__version__,
         command=command,
         options=options,
-        environment={"python": platform.python_version(), "platform": platform.platform(), **_library_versions()},
+        environment=environment(),
         stages=known.stages if known is not None else {},
     )
-
-
-def _library_versions() -> dict[str, str]:
-    """Versions of the libraries that take part, by module (the distribution is called `tensorrt-rtx-cu13`)."""
-    distributions = packages_distributions()
-    return {name: version(distributions[name][0]) for name in _LIBRARIES if name in distributions}
 
 
 class _Road:
@@ -235,7 +230,7 @@ class _Road:
 
         parts = {
             **self._option_parts("dtype"),
-            "libraries": [_library_versions()[name] for name in ("torch", "transformers")],
+            "libraries": [library_versions()[name] for name in ("torch", "transformers")],
         }
         self._stage(
             "trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run
@@ -337,7 +332,7 @@ class _Road:
         plugin = plugin_libraries(self._options, self._target)
         self._stage(
             "build",
-            {**parts, "target": str(self._target), "library": _library_versions().get(library or "")},
+            {**parts, "target": str(self._target), "library": library_versions().get(library or "")},
             (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy, *plugin),
             (engine, self._dir.build_log),
             lambda: build(self._dir, engine, self._target, self._options, self._progress),

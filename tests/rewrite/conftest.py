@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import NoProgress
 from fptq_export.rewrite import RewritePaths, lower_for_tensorrt, rewrite
-from tests.support.models import model_once, tiny_gemma, tiny_llama, tiny_opt
+from tests.support.models import model_once, tiny_gemma
 from tests.support.policies import measured_absmax, mixed_tiers, rtn_policy
 from tests.support.traced import Traced, traced_once
 
@@ -40,24 +40,6 @@ class Rewritten:
 def ids() -> NDArray[np.int64]:
     """Tokens to calibrate with and to compare on, [2, 8]."""
     return np.random.default_rng(7).integers(0, 512, (2, 8))
-
-
-@pytest.fixture(scope="session")
-def llama_fp32(make_model_dir: ModelDirFactory) -> Traced:
-    """RMSNorm, gated MLP, grouped-query attention, untied head."""
-    return traced_once(model_once(make_model_dir, tiny_llama()), "fp32")
-
-
-@pytest.fixture(scope="session")
-def llama_fp16(make_model_dir: ModelDirFactory) -> Traced:
-    """The same in FP16."""
-    return traced_once(model_once(make_model_dir, tiny_llama()), "fp16")
-
-
-@pytest.fixture(scope="session")
-def opt_fp32(make_model_dir: ModelDirFactory) -> Traced:
-    """LayerNorm with bias, ReLU MLP on two-dimensional tensors, biases, tied head."""
-    return traced_once(model_once(make_model_dir, tiny_opt()), "fp32")
 
 
 @pytest.fixture(scope="session")

@@ -8,31 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.models import model_once, tiny_gemma, tiny_llama, tiny_opt
+from tests.support.models import model_once, tiny_gemma
 from tests.support.traced import Traced, traced_once
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     ModelDirFactory = Callable[[PretrainedConfig], Path]
-
-
-@pytest.fixture(scope="session")
-def llama_fp32(make_model_dir: ModelDirFactory) -> Traced:
-    """RMSNorm, gated MLP, grouped-query attention, untied head."""
-    return traced_once(model_once(make_model_dir, tiny_llama()), "fp32")
-
-
-@pytest.fixture(scope="session")
-def llama_fp16(make_model_dir: ModelDirFactory) -> Traced:
-    """The same in FP16, from an FP32 checkpoint."""
-    return traced_once(model_once(make_model_dir, tiny_llama()), "fp16")
-
-
-@pytest.fixture(scope="session")
-def opt_fp32(make_model_dir: ModelDirFactory) -> Traced:
-    """LayerNorm with bias, ReLU MLP on two-dimensional tensors, biases, tied head."""
-    return traced_once(model_once(make_model_dir, tiny_opt()), "fp32")
 
 
 @pytest.fixture(scope="session")
