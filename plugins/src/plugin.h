@@ -8,7 +8,7 @@
 // two_level: INT8 [K / group, padded N, 2] and channel_scales FP32 [padded N]. x_scale FP32 scalar. bias of
 // x's type [N].
 //
-// Nothing here throws, allocates after creation or ends the process: errors are logged and returned.
+// Nothing here throws or ends the process: errors are logged and returned.
 #ifndef FPTQ_SRC_PLUGIN_H
 #define FPTQ_SRC_PLUGIN_H
 
@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "device_resource.h"
 #include "fptq/kernels.h"
 
 namespace fptq {
@@ -98,7 +99,16 @@ class W4A8GemmPlugin final : public nvinfer1::IPluginV3,
   bool TypeFits(Role role, nvinfer1::DataType type, nvinfer1::DataType x_type) const noexcept;
   // Whether the dimensions of an input are those of its role; -1 stands for any size.
   bool ShapeFits(Role role, const nvinfer1::Dims& dims, nvinfer1::DataType type) const noexcept;
-  FptqStatus CheckInputs(const nvinfer1::PluginTensorDesc* const* in, int32_t num_inputs) const noexcept;
+  // Logs what is wrong with an input; FPTQ_OK when nothing is.
+  FptqStatus CheckInput(int32_t position, const nvinfer1::PluginTensorDesc& tensor,
+                        nvinfer1::DataType x_type) const noexcept;
+  // Product of all dimensions but the last; 0 where one is unknown or the product does not fit.
+  static int32_t RowsOf(const nvinfer1::Dims& dims) noexcept;
+  // Rows of the largest x of a profile, 0 as for RowsOf.
+  static int32_t LargestRows(const nvinfer1::DynamicPluginTensorDesc& x) noexcept;
+  // The pointers of the inputs; y and workspace are null.
+  FptqGemmArgs ArgsFromInputs(const void* const* inputs) const noexcept;
+  W4A8GemmPlugin* Copy() const noexcept;
   FptqStatus Prepare(const nvinfer1::PluginTensorDesc& x) noexcept;
   FptqGemmDesc DescFor(int32_t m, nvinfer1::DataType type) const noexcept;
   void PointToOwnFields() noexcept;
@@ -110,6 +120,7 @@ class W4A8GemmPlugin final : public nvinfer1::IPluginV3,
   size_t workspace_bytes_ = 0;
   int32_t tactic_ = 0;
   bool prepared_ = false;
+  SharedDevices devices_;  // held by the copy that runs in a context, and by no other
   char text_[96]{};  // timing-cache id and metadata
   nvinfer1::PluginField fields_[kNumFields];
   nvinfer1::PluginFieldCollection collection_{};

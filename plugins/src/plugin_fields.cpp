@@ -1,8 +1,10 @@
 // Fields of a node and of a plan: their names, what they may hold, and the creators that read them.
+#include <climits>
 #include <cstring>
 #include <initializer_list>
 #include <new>
 
+#include "bounds.h"
 #include "log.h"
 #include "plugin.h"
 
@@ -27,6 +29,9 @@ constexpr FieldSpec kFields[kNumFields] = {
     {"out_features", &PluginParams::out_features, true},
     {"has_bias", &PluginParams::has_bias, false},
 };
+
+// Largest N whose padding to whole tiles fits INT32.
+constexpr int32_t kMaxN = INT32_MAX - (FPTQ_TILE_N - 1);
 
 const PluginField* Find(const PluginFieldCollection& fields, const char* name) noexcept {
   for (int32_t i = 0; i < fields.nbFields; ++i) {
@@ -59,6 +64,11 @@ FptqStatus CheckParams(const char* name, const PluginParams& params) noexcept {
   if (per_channel ? params.group_size != 0 : !IsGroupSize(params.group_size)) {
     LogError("%s: group_size %d does not fit scheme %d", name, params.group_size, params.scheme);
     return FPTQ_BAD_GROUP_SIZE;
+  }
+  if (params.in_features > kMaxK || params.out_features > kMaxN) {
+    LogError("%s: %d x %d channels are more than the kernels take: %d x %d", name, params.in_features,
+             params.out_features, static_cast<int32_t>(kMaxK), kMaxN);
+    return FPTQ_BAD_SHAPE;
   }
   if (params.in_features <= 0 || params.out_features <= 0 || params.out_features % FPTQ_MIN_N_MULTIPLE != 0 ||
       (!per_channel && params.in_features % params.group_size != 0)) {

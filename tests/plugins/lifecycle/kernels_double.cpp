@@ -1,19 +1,41 @@
 #include "kernels_double.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "device.h"
 
-KernelsDouble& TheDouble() {
-  static KernelsDouble instance;
+namespace {
+
+std::unique_ptr<KernelsDouble>& Instance() {
+  static std::unique_ptr<KernelsDouble> instance = std::make_unique<KernelsDouble>();
   return instance;
 }
 
+}  // namespace
+
+KernelsDouble& TheDouble() { return *Instance(); }
+
+void ResetDouble() { Instance() = std::make_unique<KernelsDouble>(); }
+
 namespace fptq {
 
-FptqStatus CurrentDevice(FptqDevice* device) noexcept {
-  *device = TheDouble().device;
+FptqStatus CurrentOrdinal(int32_t* ordinal) noexcept {
+  *ordinal = TheDouble().ordinal;
   return TheDouble().device_status;
+}
+
+FptqStatus DeviceFromOrdinal(int32_t ordinal, FptqDevice* device) noexcept {
+  ++TheDouble().times_asked;
+  *device = TheDouble().device;
+  device->multiprocessors += ordinal;
+  return TheDouble().properties_status;
+}
+
+FptqStatus CurrentDevice(FptqDevice* device) noexcept {
+  int32_t ordinal = 0;
+  const FptqStatus status = CurrentOrdinal(&ordinal);
+  return status == FPTQ_OK ? DeviceFromOrdinal(ordinal, device) : status;
 }
 
 }  // namespace fptq

@@ -2,11 +2,16 @@
 #ifndef FPTQ_TESTS_KERNELS_DOUBLE_H
 #define FPTQ_TESTS_KERNELS_DOUBLE_H
 
+#include <atomic>
+
 #include "fptq/kernels.h"
 
 struct KernelsDouble {
   FptqStatus device_status = FPTQ_UNSUPPORTED_DEVICE;  // of CurrentDevice: a machine without a GPU
-  FptqDevice device = {80, 108, 166912};
+  int32_t ordinal = 0;
+  FptqStatus properties_status = FPTQ_OK;  // of DeviceFromOrdinal
+  FptqDevice device = {80, 108, 166912};   // of ordinal 0; each later one has a multiprocessor more
+  std::atomic<int32_t> times_asked = 0;    // for the properties of a device
   FptqStatus candidates_status = FPTQ_OK;
   FptqGemmConfig candidates[8] = {};
   int32_t num_candidates = 0;
@@ -21,5 +26,8 @@ struct KernelsDouble {
 
 // Not for use from two threads while it is being changed.
 KernelsDouble& TheDouble();
+
+// As it was in the beginning.
+void ResetDouble();
 
 #endif  // FPTQ_TESTS_KERNELS_DOUBLE_H

@@ -122,13 +122,13 @@ FptqGemmConfig Config(int32_t block_m, int32_t split_k) {
 // A double that finds a GPU and offers two configurations; forgotten at the end of the test.
 struct WithGpu {
   WithGpu() {
-    TheDouble() = KernelsDouble{};
+    ResetDouble();
     TheDouble().device_status = FPTQ_OK;
     TheDouble().candidates[0] = Config(128, 8);
     TheDouble().candidates[1] = Config(64, 1);
     TheDouble().num_candidates = 2;
   }
-  ~WithGpu() { TheDouble() = KernelsDouble{}; }
+  ~WithGpu() { ResetDouble(); }
 };
 
 // TensorRT's expressions, for shapes of constants and of one kind of unknown.
@@ -217,6 +217,21 @@ TEST(WrongFieldsGiveNoPlugin) {
   EXPECT(Refuses({{"out_features", 0}}));
   EXPECT(Refuses({{"has_bias", 2}}));
   EXPECT(!Refuses({{"scheme", 0}, {"group_size", 0}}));
+}
+
+TEST(ChannelsThatNoKernelTakesGiveNoPlugin) {
+  // Otherwise an engine is built on a machine without a GPU and fails where it runs.
+  EXPECT(!Refuses({{"in_features", 65536}}));
+  EXPECT(Refuses({{"in_features", 65536 + kGroup}}));
+  EXPECT(Refuses({{"scheme", 0}, {"group_size", 0}, {"in_features", INT32_MAX}}));
+  EXPECT(Refuses({{"out_features", INT32_MAX - 7}}));
+}
+
+TEST(PaddingTheLargestOutputDoesNotOverflow) {
+  Plugin plugin = Make(FPTQ_STATIC, {{"out_features", INT32_MAX - 15}});
+  EXPECT(plugin.owner != nullptr);
+  const auto dynamic = Dynamic(Tensors(4), 16);
+  EXPECT_EQ(plugin.build->configurePlugin(dynamic.data(), 4, &dynamic[4], 1), FPTQ_BAD_SHAPE);
 }
 
 TEST(MissingFieldsGiveNoPlugin) {
@@ -356,6 +371,15 @@ TEST(ConfiguringChecksTypesAndShapes) {
   EXPECT_EQ(plugin.build->configurePlugin(nullptr, 4, &dynamic[4], 1), FPTQ_NULL_POINTER);
 }
 
+TEST(AProfileWhoseLargestShapeDoesNotFitIsRefused) {
+  // Its workspace cannot be computed: an answer of 0 bytes would let the kernels write into memory of others.
+  Plugin plugin = Make(FPTQ_STATIC);
+  for (int64_t largest : {int64_t{INT32_MAX}, int64_t{-1}, INT64_MAX}) {
+    const auto dynamic = Dynamic(Tensors(4), largest);
+    EXPECT_EQ(plugin.build->configurePlugin(dynamic.data(), 4, &dynamic[4], 1), FPTQ_BAD_SHAPE);
+  }
+}
+
 TEST(BiasAndTwoLevelScalesComeAfterTheWeight) {
   WithGpu gpu;
   Plugin plugin = Make(FPTQ_STATIC, {{"has_bias", 1}, {"scheme", 2}});
@@ -419,7 +443,7 @@ TEST(TheWorkspaceOfTheLargestMServesEveryM) {
 }
 
 TEST(WithoutAGpuThereIsNothingToTime) {
-  TheDouble() = KernelsDouble{};
+  ResetDouble();
   Plugin plugin = Make(FPTQ_STATIC);
   const auto dynamic = Dynamic(Tensors(4), 16);
   EXPECT_EQ(plugin.build->configurePlugin(dynamic.data(), 4, &dynamic[4], 1), FPTQ_OK);
@@ -529,7 +553,7 @@ TEST(ErrorsOfTheKernelsAreReturned) {
 }
 
 TEST(WithoutAGpuNothingRunsAndNothingBreaks) {
-  TheDouble() = KernelsDouble{};
+  ResetDouble();
   Plugin plugin = Make(FPTQ_STATIC);
   const auto tensors = Tensors(4);
   char memory[8] = {};
@@ -606,19 +630,30 @@ TEST(ContextsShareNothingThatChanges) {
 
 // ---- Registry ----
 
-TEST(TheEntryOfRegisterCreatorIsThatOfTheHeaders) {
-  // The Itanium C++ ABI represents a pointer to a virtual member as 1 + the byte offset of its entry.
-  using Register = bool (nvinfer1::IPluginRegistry::*)(nvinfer1::IPluginCreatorInterface&,
-                                                       const nvinfer1::AsciiChar*) noexcept;
-  const Register pointer = &nvinfer1::IPluginRegistry::registerCreator;
+// The Itanium C++ ABI represents a pointer to a virtual member as 1 + the byte offset of its entry.
+template <typename Member>
+int32_t EntryOf(Member member) {
   intptr_t offset = 0;
-  std::memcpy(&offset, &pointer, sizeof(offset));
-  EXPECT_EQ((offset - 1) / static_cast<intptr_t>(sizeof(void*)),
-            static_cast<intptr_t>(fptq::RegisterCreatorEntry(NV_TENSORRT_MAJOR)));
+  std::memcpy(&offset, &member, sizeof(offset));
+  return static_cast<int32_t>((offset - 1) / static_cast<intptr_t>(sizeof(void*)));
+}
+
+TEST(TheEntriesOfTheRegistryAreThoseOfTheHeaders) {
+  using nvinfer1::IPluginRegistry;
+  using Register =
+      bool (IPluginRegistry::*)(nvinfer1::IPluginCreatorInterface&, const nvinfer1::AsciiChar*) noexcept;
+  const Register pointer = &IPluginRegistry::registerCreator;
+  EXPECT_EQ(EntryOf(pointer), fptq::RegisterCreatorEntry(NV_TENSORRT_MAJOR));
+  EXPECT_EQ(EntryOf(&IPluginRegistry::acquirePluginResource), fptq::AcquireResourceEntry(NV_TENSORRT_MAJOR));
+  EXPECT_EQ(EntryOf(&IPluginRegistry::releasePluginResource), fptq::ReleaseResourceEntry(NV_TENSORRT_MAJOR));
 }
 
 TEST(AnUnknownTensorRTIsNotRegisteredWith) {
-  for (int32_t major : {0, 8, 9, 12}) EXPECT_EQ(fptq::RegisterCreatorEntry(major), fptq::kUnknownEntry);
+  for (int32_t major : {0, 8, 9, 12}) {
+    EXPECT_EQ(fptq::RegisterCreatorEntry(major), fptq::kUnknownEntry);
+    EXPECT_EQ(fptq::AcquireResourceEntry(major), fptq::kUnknownEntry);
+    EXPECT_EQ(fptq::ReleaseResourceEntry(major), fptq::kUnknownEntry);
+  }
 }
 
 int main(int argc, char** argv) { return harness::RunTests(argc > 1 ? argv[1] : ""); }
