@@ -13,11 +13,13 @@ from pathlib import Path
 
 from fptq_export.errors import UserError
 from fptq_export.files import atomic_path
+from fptq_export.sources import build_root, source_root
 
 __all__ = ["build_extension", "extension_path", "missing_tools"]
 
 _PACKAGE = Path(__file__).parent
-_ROOT = _PACKAGE.parents[1]
+_SOURCES = source_root() / "cpu"
+_WORK_DIR = build_root()
 _SHOWN_LINES = 20
 
 
@@ -38,7 +40,7 @@ def missing_tools() -> tuple[str, ...]:
     return tuple(missing)
 
 
-def build_extension(sources: Path = _ROOT / "plugins" / "cpu", work_dir: Path = _ROOT / "build") -> Path:
+def build_extension(sources: Path = _SOURCES, work_dir: Path = _WORK_DIR) -> Path:
     """Compile what changed since the last call, and put the module into this package in one step.
 
     Args:
@@ -52,7 +54,9 @@ def build_extension(sources: Path = _ROOT / "plugins" / "cpu", work_dir: Path = 
         UserError: The sources, a tool or write access are missing, or the compiler fails.
     """
     if not (sources / "CMakeLists.txt").is_file():
-        raise UserError(str(sources), "no C++ sources here", "build in a clone of the repository: pip installs none")
+        raise UserError(
+            str(sources), "no C++ sources here", "install fptq-export again, or build in a clone of the repository"
+        )
     if missing := missing_tools():
         raise UserError("build of fptq_export.cpu", f"missing: {', '.join(missing)}", "install it and run again")
     work = work_dir / f"cpu-{sys.implementation.cache_tag}"

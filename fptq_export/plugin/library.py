@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from fptq_export.errors import UserError
+from fptq_export.sources import build_root, source_root
 
 __all__ = [
     "BUILD_DIR",
@@ -28,10 +29,10 @@ LOADED_LIBRARY = "libfptq_trt.so"
 REGISTERING_LIBRARY = "libfptq_trt_static.so"
 DIRECTORY_VARIABLE = "FPTQ_PLUGIN_DIR"
 """Directory of the libraries; wins over every other place."""
-SOURCE_DIR = Path(__file__).resolve().parents[2] / "plugins"
-"""C++ sources; there only in a checkout of the repository."""
-BUILD_DIR = SOURCE_DIR.parent / "build" / "plugin"
-"""Where a checkout builds."""
+SOURCE_DIR = source_root()
+"""C++ sources: those of a checkout, or the copy that a wheel carries."""
+BUILD_DIR = build_root() / "plugin"
+"""Where `python -m fptq_export.plugin build` builds: in a checkout, or in the user's cache."""
 _PACKAGED_DIR = Path(__file__).resolve().parent / "lib"
 """Where a wheel that carries the libraries has them."""
 
@@ -103,5 +104,5 @@ def _library(name: str) -> Path:
         if (place / name).is_file():
             return (place / name).resolve()
     looked = " and ".join(str(place) for place in places)
-    hint = "build it in a checkout of the repository: python -m fptq_export.plugin build"
+    hint = "build it: python -m fptq_export.plugin build"
     raise UserError(name, f"the plugin library is not in {looked}", hint)

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
-    {"cpu", "errors", "files", "graph_io", "memory", "numerics", "options", "packing", "policy", "progress", "sites"}
+    {
+        *("cpu", "errors", "files", "graph_io", "memory", "numerics", "options"),
+        *("packing", "policy", "progress", "sites", "sources"),
+    }
 )
 DRIVERS = frozenset({"__main__", "cli", "pipeline"})
 """May import everything; nothing but drivers may import them."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -16,6 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fptq_export
+from fptq_export.plugin.library import DIRECTORY_VARIABLE, LOADED_LIBRARY, REGISTERING_LIBRARY
+from fptq_export.sources import build_root, source_root
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,6 +48,8 @@ PACKAGES = {
     "fptq_export/verify",
 }
 """Folders with files in the wheel. A new package is added here on purpose."""
+SOURCES = "fptq_export/plugin/sources/"
+"""The C++ sources in the wheel."""
 SUFFIXES = {".py", ".txt", ".typed"}
 """Kinds of files in our packages: code, the built-in text, the typing marker."""
 
@@ -51,21 +58,157 @@ OPTIONAL_IMPORTS = {"tensorrt", "tensorrt_rtx"}
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a freshly built wheel; built without network."""
-    target = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+def clean_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the repository holds, without anything that was built in it."""
+    tree = tmp_path_factory.mktemp("tree")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
+    for name in listed:
+        if name.partition("/")[0] not in {"tests", "samples"} and (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tree / name)
+    return tree
+
+
+def build_wheel(tree: Path, target: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel of a tree, without network."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(tree)]
+    environment = {name: value for name, value in os.environ.items() if name != DIRECTORY_VARIABLE} | variables
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
+
+
+def only_wheel(done: subprocess.CompletedProcess[str], target: Path) -> Path:
+    """The wheel that a build left."""
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(clean_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A freshly built wheel of a tree in which nothing was built."""
+    target = tmp_path_factory.mktemp("wheel")
+    return only_wheel(build_wheel(clean_tree, target), target)
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> list[str]:
+    """Names of the files in the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
+
+
+def plugin_library(path: Path, kernels: str = "cuda", version: str = fptq_export.__version__) -> None:
+    """A library that says what it was built from, and is nothing else: all that packing looks at."""
+    plugins = ROOT / "plugins"
+    headers = path.parent / "headers"
+    headers.mkdir(exist_ok=True)
+    header = "#define NV_TENSORRT_MAJOR 10\n#define NV_TENSORRT_MINOR 14\n"
+    (headers / "NvInferVersion.h").write_text(header, encoding="utf-8")
+    texts = {"FPTQ_VERSION": version, "FPTQ_KERNELS": kernels, "FPTQ_ARCHITECTURES": "80"}
+    command = ["g++", "-shared", "-fPIC", f"-I{headers}", f"-I{plugins / 'include'}", str(plugins / "src" / "info.cpp")]
+    command += [*(f'-D{name}="{text}"' for name, text in texts.items()), "-o", str(path)]
+    subprocess.run(command, check=True, timeout=60)
+
+
+@pytest.fixture
+def libraries(tmp_path: Path) -> Path:
+    """A folder with both libraries."""
+    if shutil.which("g++") is None:
+        pytest.skip("the stand-ins for the plugin libraries need g++")
+    directory = tmp_path / "libraries"
+    directory.mkdir()
+    for name in (LOADED_LIBRARY, REGISTERING_LIBRARY):
+        plugin_library(directory / name)
+    return directory
+
+
+def test_wheel_without_built_libraries_is_pure(wheel: Path, wheel_names: list[str]) -> None:
+    """Nothing built: one wheel for every platform, without a shared library."""
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert [name for name in wheel_names if name.endswith(".so")] == []
+
+
+def test_wheel_with_the_plugin_is_for_a_platform_and_is_found(
+    clean_tree: Path, libraries: Path, tmp_path: Path
+) -> None:
+    """The libraries travel, the tag names the platform and no Python, and an install of it finds them by itself."""
+    target, site = tmp_path / "dist", tmp_path / "site"
+    found = only_wheel(build_wheel(clean_tree, target, **{DIRECTORY_VARIABLE: str(libraries)}), target)
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert found.name.endswith(f"-py3-none-{platform}.whl")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(found)]
+    subprocess.run(install, check=True, capture_output=True, timeout=120)
+    code = "import fptq_export; info = fptq_export.plugin_info(); print(info.library, info.version, info.architectures)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment.pop(DIRECTORY_VARIABLE, None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    expected = (site / "fptq_export" / "plugin" / "lib" / LOADED_LIBRARY).resolve()
+    assert done.stdout.split() == [str(expected), fptq_export.__version__, "(80,)"], done.stderr
+
+
+def test_wheel_with_the_cpu_extension_is_for_one_python(clean_tree: Path, tmp_path: Path) -> None:
+    """The extension of this Python travels, and the tag says which Python that is."""
+    tree, target = tmp_path / "tree", tmp_path / "dist"
+    shutil.copytree(clean_tree, tree)
+    extension = f"_w4a8_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (tree / "fptq_export" / "cpu" / extension).write_bytes(b"stand-in")
+    found = only_wheel(build_wheel(tree, target), target)
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{python}-{python}-" in found.name
+    with zipfile.ZipFile(found) as archive:
+        assert archive.read(f"fptq_export/cpu/{extension}") == b"stand-in"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"kernels": "double"}, "kernels 'double'"),
+        ({"version": "0.0.1"}, "is version 0.0.1"),
+        (None, "libfptq_trt_static.so is missing"),
+    ],
+)
+def test_library_that_is_not_ours_to_ship_stops_the_build(
+    clean_tree: Path, libraries: Path, tmp_path: Path, change: dict[str, str] | None, text: str
+) -> None:
+    """A test double, another version or one library of two is never packed in silence."""
+    if change is None:
+        (libraries / REGISTERING_LIBRARY).unlink()
+    else:
+        plugin_library(libraries / LOADED_LIBRARY, **change)
+    done = build_wheel(clean_tree, tmp_path / "dist", **{DIRECTORY_VARIABLE: str(libraries)})
+    assert done.returncode != 0
+    assert text in done.stdout + done.stderr
+    assert list(tmp_path.glob("dist/*.whl")) == []
+
+
+def test_wheel_carries_the_sources_that_the_builds_need(wheel: Path, tmp_path: Path) -> None:
+    """An installed package finds its own sources, whole, and builds outside itself."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    sources = source_root(tmp_path / "fptq_export")
+    packed = {str(path.relative_to(sources)) for path in sources.rglob("*") if path.is_file()}
+    wanted = {"CMakeLists.txt", *(f"{folder}/" for folder in ("cpu", "include", "src"))}
+    repository = {str(path.relative_to(ROOT / "plugins")) for path in (ROOT / "plugins").rglob("*") if path.is_file()}
+    assert packed == {name for name in repository if name == "CMakeLists.txt" or name.startswith(tuple(wanted))}
+    assert tmp_path not in build_root(tmp_path / "fptq_export").parents
+
+
+def test_checkout_builds_in_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources and build folder of a checkout are in it; those of a wheel are in the user's cache."""
+    assert source_root() == ROOT / "plugins"
+    assert build_root() == ROOT / "build"
+    (tmp_path / "plugin" / "sources").mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert build_root(tmp_path) == tmp_path / "cache" / "fptq-export"
 
 
 def test_wheel_holds_the_written_list_of_packages(wheel_names: list[str]) -> None:
     """Nothing but the two packages and the metadata is installed; no tests, no samples."""
     assert {name.partition("/")[0] for name in wheel_names} == TOP_LEVEL
-    folders = {str(Path(name).parent) for name in wheel_names if ".dist-info" not in name}
+    folders = {str(Path(name).parent) for name in wheel_names if ".dist-info" not in name and SOURCES not in name}
     assert folders == PACKAGES
 
 
@@ -76,7 +219,7 @@ def test_wheel_metadata_is_complete(wheel_names: list[str]) -> None:
 
 def test_wheel_holds_every_module_and_no_other_kind_of_file(wheel_names: list[str]) -> None:
     """No module is forgotten, and no model file, cache or document slips in."""
-    packed = {name for name in wheel_names if ".dist-info" not in name}
+    packed = {name for name in wheel_names if ".dist-info" not in name and SOURCES not in name}
     assert {Path(name).suffix for name in packed} <= SUFFIXES
     sources = {str(path.relative_to(ROOT)) for top in ("fptq_export", "calib") for path in (ROOT / top).rglob("*.py")}
     assert {name for name in packed if name.endswith(".py")} == sources
