@@ -9,16 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.plugins.emulation.expected import activation, check, group_sums
-from tests.plugins.emulation.harness import (
+from tests.plugins.emulation.harness import Config, Kernels, Shape, gemm, gemv
+from tests.plugins.emulation.weights import (
     GROUP,
     PER_CHANNEL,
     TWO_LEVEL,
-    Config,
-    Kernels,
-    Shape,
     Weight,
-    gemm,
-    gemv,
     plain_weight,
     random_weight,
     two_level_weight,

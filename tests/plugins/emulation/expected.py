@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fptq_export import numerics
-from tests.plugins.emulation.harness import FLOAT32_UNIT_ROUNDOFF, Result, Weight
+from tests.plugins.emulation.harness import FLOAT32_UNIT_ROUNDOFF, Quantized, Result
+from tests.plugins.emulation.weights import Weight
 
 OUTPUT_UNIT_ROUNDOFF = {np.float16: 2.0**-11, ml_dtypes.bfloat16: 2.0**-8}
 OUTPUT_SMALLEST = {np.float16: 2.0**-25, ml_dtypes.bfloat16: 2.0**-134}  # half a step of the subnormals
@@ -84,3 +85,13 @@ def check(
 def first_wrong(wrong: NDArray[np.int64], got: NDArray[Any], want: NDArray[Any]) -> str:
     at = tuple(int(i) for i in wrong[0])
     return f"{len(wrong)} of {got.size} wrong, first at {at}: got {got[at]}, want {want[at]}"
+
+
+def check_quantized(got: Quantized, x: NDArray[Any], static_scale: float | None = None) -> None:
+    m, k = x.shape
+    scale = numerics.per_token_scale(x) if static_scale is None else np.full((m, 1), static_scale, dtype=np.float32)
+    codes = numerics.quantize_activation(x, scale)
+    np.testing.assert_array_equal(got[0][:, :k], codes)
+    np.testing.assert_array_equal(got[0][:, k:], 0)
+    np.testing.assert_array_equal(got[1], scale[:, 0])
+    np.testing.assert_array_equal(got[2], codes.sum(axis=1))

@@ -1,7 +1,4 @@
-"""The kernels of plugins/src as a host library: built with g++, called through ctypes, fed and judged with numpy.
-
-Nothing here shares code with the packers of the product: the layouts of fptq/layout.h are written down again.
-"""
+"""The kernels of plugins/src as a host library: built with g++, called through ctypes, fed with numpy."""
 
 from __future__ import annotations
 
@@ -10,13 +7,15 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from tests.plugins.emulation.weights import PER_CHANNEL, Weight, padded
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
@@ -39,7 +38,6 @@ QUIET = ("-Wno-unknown-pragmas",)  # #pragma unroll
 OK, NULL_POINTER, BAD_SHAPE, BAD_GROUP_SIZE, BAD_ALIGNMENT, BAD_CONFIG, SMALL_WORKSPACE, UNSUPPORTED, CUDA_ERROR = (
     range(9)
 )
-PER_CHANNEL, GROUP, TWO_LEVEL = range(3)
 STATIC, PER_TOKEN = range(2)
 FLOAT16, BFLOAT16 = range(2)
 GEMV, GEMM = range(2)
@@ -138,98 +136,6 @@ def cached_library(cache: Path) -> Path:
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     library = cache / f"emulation-{digest}" / "libfptq_emulation.so"
     return library if library.exists() else build(library.parent)
-
-
-@dataclass
-class Weight:
-    """A quantized weight in the three forms tests need: integers, real scales, and the bytes of the kernel."""
-
-    values: NDArray[np.int64]  # [n, k]; two_level: s1 * u - z, the INT8 weight
-    scales: NDArray[np.float64]  # [n, groups]; two_level: [n, 1]
-    group_size: int  # that of `scales`
-    scheme: int
-    kernel_group: int
-    codes: NDArray[np.uint8] = field(repr=False)
-    scale_bytes: NDArray[Any] = field(repr=False)
-    channel_scales: NDArray[np.float32] | None = None
-
-
-def padded(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def packed_tiles(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Nibbles [n, k] in the tile order of layout.h, as bytes."""
-    n, k = nibbles.shape
-    full = np.zeros((padded(n, 16), padded(k, 64)), dtype=np.uint8)
-    full[:n, :k] = nibbles
-    # n = 16 nt + 8 nh + row;  k = 64 kt + 32 kh + 16 high + 4 quad + byte
-    tiles = full.reshape(full.shape[0] // 16, 2, 8, full.shape[1] // 64, 2, 2, 4, 4)
-    ordered = tiles.transpose(0, 3, 2, 6, 1, 4, 7, 5)  # nt kt row quad nh kh byte high
-    return np.ascontiguousarray(ordered[..., 0] | (ordered[..., 1] << 4)).reshape(-1)
-
-
-def group_major(scales: NDArray[Any], n: int) -> NDArray[Any]:
-    """[n, groups, ...] -> [groups, padded n, ...], padding zero."""
-    result = np.zeros((scales.shape[1], padded(n, 16), *scales.shape[2:]), dtype=scales.dtype)
-    result[:, :n] = np.moveaxis(scales, 0, 1)
-    return np.ascontiguousarray(result)
-
-
-def plain_weight(codes: NDArray[np.integer], scales: NDArray[np.float16], group_size: int) -> Weight:
-    """INT4 codes [n, k] with FP16 scales [n, groups]; group_size 0 is per channel."""
-    n, k = codes.shape
-    return Weight(
-        values=codes.astype(np.int64),
-        scales=scales.astype(np.float64),
-        group_size=group_size or k,
-        scheme=GROUP if group_size else PER_CHANNEL,
-        kernel_group=group_size,
-        codes=packed_tiles((codes.astype(np.int64) & 15).astype(np.uint8)),
-        scale_bytes=group_major(scales, n),
-    )
-
-
-def two_level_weight(
-    unsigned: NDArray[np.integer],
-    s1: NDArray[np.integer],
-    z: NDArray[np.integer],
-    scales: NDArray[np.float32],
-    group_size: int,
-) -> Weight:
-    """Codes u [n, k] in 0..15, integer scales s1 and offsets z [n, groups], FP32 channel scales [n]."""
-    n, k = unsigned.shape
-    pairs = np.stack([s1, 128 - z], axis=-1)
-    assert pairs.min() >= 0
-    assert (15 * pairs[..., 0] + pairs[..., 1]).max() <= 255
-    values = unsigned.astype(np.int64) * np.repeat(s1, group_size, axis=1) - np.repeat(z, group_size, axis=1)
-    channel = np.zeros(padded(n, 16), dtype=np.float32)
-    channel[:n] = scales
-    return Weight(
-        values=values,
-        scales=scales.astype(np.float64)[:, None],
-        group_size=k,
-        scheme=TWO_LEVEL,
-        kernel_group=group_size,
-        codes=packed_tiles(unsigned.astype(np.uint8)),
-        scale_bytes=group_major(pairs.astype(np.uint8), n),
-        channel_scales=channel,
-    )
-
-
-def random_weight(rng: np.random.Generator, n: int, k: int, scheme: int, group_size: int) -> Weight:
-    """Weights of ordinary size; group scales of both signs."""
-    if scheme == TWO_LEVEL:
-        groups = (n, k // group_size)
-        s1 = rng.integers(1, 17, groups)
-        z = np.clip(rng.integers(0, 120, groups), 15 * s1 - 119, 119)
-        return two_level_weight(
-            rng.integers(0, 16, (n, k)), s1, z, rng.uniform(1e-4, 1e-3, n).astype(np.float32), group_size
-        )
-    scales = rng.uniform(0.002, 0.02, (n, k // (group_size or k))) * rng.choice(
-        [-1.0, 1.0], (n, k // (group_size or k))
-    )
-    return plain_weight(rng.integers(-8, 8, (n, k)), scales.astype(np.float16), group_size)
 
 
 def aligned_copy(array: NDArray[Any], extra: int = 0) -> NDArray[Any]:
@@ -367,3 +273,28 @@ def gemm(tile: Shape, split_k: int = 1) -> Config:
 
 def gemv(rows: int) -> Config:
     return Config(GEMV, rows, 16, 64, rows, 16, 4, 1)
+
+
+Quantized = tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]
+"""INT8 codes [m, padded k], scales [m] and row sums [m]."""
+
+
+def quantize(
+    kernels: Kernels, x: NDArray[Any], static_scale: float | None = None, offset: int = 0, reverse: bool = False
+) -> Quantized:
+    m, k = x.shape
+    mode = PER_TOKEN if static_scale is None else STATIC
+    desc = Desc(m, 8, k, 0, PER_CHANNEL, mode, OUTPUT_TYPES.index(x.dtype.type), 0)
+    source = aligned_copy(x, offset)
+    scale = aligned_copy(np.array([static_scale or 0.0], dtype=np.float32))
+    codes = aligned_copy(np.full((m, padded(k, 64)), 99, dtype=np.int8))
+    scales = aligned_copy(np.full(m, np.nan, dtype=np.float32))
+    sums = aligned_copy(np.full(m, 99, dtype=np.int32))
+    kernels.c.emulation_reset()
+    kernels.options(reverse=reverse)
+    for array, writable in ((source, False), (scale, False), (codes, True), (scales, True), (sums, True)):
+        kernels.add_range(array, "array", writable=writable)
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (source, scale, codes, scales, sums)]
+    status = kernels.c.fptqQuantizeActivation(ctypes.byref(desc), *pointers, None)
+    assert status == OK, kernels.c.emulation_error()
+    return codes, scales, sums

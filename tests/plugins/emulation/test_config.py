@@ -15,21 +15,18 @@ from tests.plugins.emulation.harness import (
     BAD_SHAPE,
     GEMM,
     GEMV,
-    GROUP,
     NULL_POINTER,
     OK,
-    PER_CHANNEL,
     PER_TOKEN,
     TILES,
-    TWO_LEVEL,
     UNSUPPORTED,
     Config,
     Desc,
     Device,
     Kernels,
     gemv,
-    random_weight,
 )
+from tests.plugins.emulation.weights import GROUP, PER_CHANNEL, TWO_LEVEL, random_weight
 
 DEVICES = {
     "A100": A100,

@@ -10,7 +10,8 @@ import pytest
 
 from tests.plugins.emulation import cases
 from tests.plugins.emulation.expected import check
-from tests.plugins.emulation.harness import GROUP, PER_CHANNEL, TILES, TWO_LEVEL, Kernels, Shape, gemm, random_weight
+from tests.plugins.emulation.harness import TILES, Kernels, Shape, gemm
+from tests.plugins.emulation.weights import GROUP, PER_CHANNEL, TWO_LEVEL, random_weight
 
 FITTING = [(t, s, g) for t in TILES for s, g in cases.SCHEMES if cases.folds_fit(t, s, g)]
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.plugins.emulation import cases
 from tests.plugins.emulation.expected import check
-from tests.plugins.emulation.harness import BAD_CONFIG, GROUP, Kernels, gemm, gemv, random_weight
+from tests.plugins.emulation.harness import BAD_CONFIG, Kernels, gemm, gemv
+from tests.plugins.emulation.weights import GROUP, random_weight
 
 ROWS = (1, 2, 3, 4)
 

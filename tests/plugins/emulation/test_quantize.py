@@ -8,55 +8,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from fptq_export import numerics
+from tests.plugins.emulation.expected import check_quantized
 from tests.plugins.emulation.harness import (
     CUDA_ERROR,
     NULL_POINTER,
-    OK,
     OUTPUT_TYPES,
-    PER_CHANNEL,
     PER_TOKEN,
     STATIC,
     Desc,
     Kernels,
     aligned_copy,
-    padded,
+    quantize,
 )
-
-Quantized = tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]
-
-
-def quantize(
-    kernels: Kernels, x: NDArray[Any], static_scale: float | None = None, offset: int = 0, reverse: bool = False
-) -> Quantized:
-    m, k = x.shape
-    mode = PER_TOKEN if static_scale is None else STATIC
-    desc = Desc(m, 8, k, 0, PER_CHANNEL, mode, OUTPUT_TYPES.index(x.dtype.type), 0)
-    source = aligned_copy(x, offset)
-    scale = aligned_copy(np.array([static_scale or 0.0], dtype=np.float32))
-    codes = aligned_copy(np.full((m, padded(k, 64)), 99, dtype=np.int8))
-    scales = aligned_copy(np.full(m, np.nan, dtype=np.float32))
-    sums = aligned_copy(np.full(m, 99, dtype=np.int32))
-    kernels.c.emulation_reset()
-    kernels.options(reverse=reverse)
-    for array, writable in ((source, False), (scale, False), (codes, True), (scales, True), (sums, True)):
-        kernels.add_range(array, "array", writable=writable)
-    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (source, scale, codes, scales, sums)]
-    status = kernels.c.fptqQuantizeActivation(ctypes.byref(desc), *pointers, None)
-    assert status == OK, kernels.c.emulation_error()
-    return codes, scales, sums
-
-
-def check_quantized(got: Quantized, x: NDArray[Any], static_scale: float | None = None) -> None:
-    m, k = x.shape
-    scale = numerics.per_token_scale(x) if static_scale is None else np.full((m, 1), static_scale, dtype=np.float32)
-    codes = numerics.quantize_activation(x, scale)
-    np.testing.assert_array_equal(got[0][:, :k], codes)
-    np.testing.assert_array_equal(got[0][:, k:], 0)
-    np.testing.assert_array_equal(got[1], scale[:, 0])
-    np.testing.assert_array_equal(got[2], codes.sum(axis=1))
+from tests.plugins.emulation.weights import PER_CHANNEL
 
 
 @pytest.mark.parametrize("dtype", OUTPUT_TYPES)

@@ -16,22 +16,20 @@ from tests.plugins.emulation.harness import (
     CUDA_ERROR,
     FLOAT16,
     GEMM,
-    GROUP,
     NULL_POINTER,
     OK,
     PER_TOKEN,
     SMALL_WORKSPACE,
     STATIC,
     TILES,
-    TWO_LEVEL,
     Args,
     Config,
     Desc,
     Kernels,
     aligned_copy,
     gemm,
-    random_weight,
 )
+from tests.plugins.emulation.weights import GROUP, TWO_LEVEL, random_weight
 
 M, N, K = 6, 24, 256
 
