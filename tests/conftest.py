@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib.util
 import json
+import logging
 import pydoc_data.topics
 import shutil
 from collections.abc import Callable
@@ -75,6 +76,21 @@ def smollm2_dir(smollm2_gguf: Path, pytestconfig: pytest.Config) -> Path:
         _write_dequantized_checkpoint(smollm2_gguf, partial)
         partial.rename(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def smollm2_run(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run/` of SmolLM2 from its GGUF file, `out.plan` beside it: default options, less verification text.
+
+    Takes minutes: for tests marked `slow`. Not to be changed: copy it.
+    """
+    from fptq_export.cli import main
+
+    directory = tmp_path_factory.mktemp("smollm2")
+    words = [str(smollm2_gguf), "-o", str(directory / "run"), "--engine", str(directory / "out.plan")]
+    assert main([*words, "--eval-windows", "2"]) == 0
+    logging.disable(logging.NOTSET)
+    return directory / "run"
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,8 @@ class BuildRequest:
     """Where the builder's VERBOSE log is kept, whether the build succeeds or not."""
     target: Target
     quantized: Mapping[str, int]
-    """Number of INT4 codes (in x out, padding of packed weights included) of each quantized linear, by torch path."""
+    """Number of INT4 codes (in x out, padding of packed weights included) of each quantized linear, by torch path;
+    linears that were fused are one, by their common path."""
     profiles: tuple[Profile, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     """`8.9`, `12.0`, ...; empty is the library's own choice, and all that `tensorrt` takes."""
@@ -63,7 +64,9 @@ class BuildRequest:
     memory_pools: Mapping[str, int] = field(default_factory=dict)
     """Bytes by trtexec's pool name, from `mem_pools_from_option`."""
     plugin: Mapping[str, str] = field(default_factory=dict)
-    """Operator of each linear that the plugin runs, by torch path."""
+    """Operator of each linear that the plugin runs, by path."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Common path of fused linears -> their torch paths."""
     plugin_library: Path | None = None
     """The library with the plugin; needed where `plugin` is not empty."""
 
@@ -103,7 +106,8 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
     with atomic_path(request.engine_path) as partial:
         built = _run_job(_job_from_request(request, partial), request.log_path, progress)
         layers = layers_from_log(request.log_path)
-        precision = check_layers(layers, request.quantized, max(1, len(request.profiles)), request.plugin)
+        profiles = max(1, len(request.profiles))
+        precision = check_layers(layers, request.quantized, profiles, request.plugin, request.fused)
     return BuildReport(
         target=request.target,
         library_version=built.library_version,

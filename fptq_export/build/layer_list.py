@@ -11,7 +11,8 @@ data types of its constants and the ONNX nodes it was made from. It needs no GPU
 * Without the barrier of the lowering (see `rewrite`) a block-quantized weight is unpacked to Int8, multiplied over all
   of `in`, and scaled afterwards by a constant of the wrong length. Nothing warns; the numbers are wrong.
 * A linear that the plugin runs is one layer of type `custom_layer` (`PluginV3` in TensorRT proper) that names its node
-  `<torch path>/FptqW4A8Gemm...` and holds an Int4 constant with the padding of the packed weight.
+  `<torch path>/FptqW4A8Gemm...` and holds an Int4 constant with the padding of the packed weight. Linears that were
+  fused before (q, k and v) are one such layer too, with a path of its own: it proves the precision of all of them.
 * Every optimization profile has its own copy of each layer; the weights are shared.
 """
 
@@ -99,7 +100,9 @@ class PrecisionReport:
     layers_by_type: Mapping[str, int]
     profiles: int
     plugin_layers: int = 0
-    """Layers of one profile that the plugin runs, one a linear."""
+    """Layers of one profile that the plugin runs."""
+    plugin_linears: int = 0
+    """Linears of the policy in these layers."""
 
 
 def layers_from_log(log_path: Path) -> tuple[EngineLayer, ...]:
@@ -128,21 +131,23 @@ def check_layers(
     quantized: Mapping[str, int],
     profiles: int = 1,
     plugin: Mapping[str, str] | None = None,
+    fused: Mapping[str, tuple[str, ...]] | None = None,
 ) -> PrecisionReport:
     """Check that every quantized linear runs from an INT4 constant, and that none is unpacked to INT8.
 
     Args:
         layers: Layers of the engine.
         quantized: Number of INT4 codes (in x out, with the padding of packed weights) of each quantized linear, by
-            torch path.
+            torch path; linears that were fused before the build are one, by their common path.
         profiles: Optimization profiles of the engine; each has its own copy of every layer.
-        plugin: Operator of each linear that the plugin must run, by torch path; no other linear may run there.
+        plugin: Operator of each linear that the plugin must run, by path; no other linear may run there.
+        fused: Common path of fused linears -> their torch paths.
 
     Raises:
         PrecisionError: Naming every linear that is missing, doubled, of another size, unpacked to INT8, or not run by
             what must run it, and every INT4 constant that belongs to no linear of the policy.
     """
-    plugin = plugin or {}
+    plugin, fused = plugin or {}, fused or {}
     problems: list[str] = []
     holders: dict[str, list[EngineLayer]] = {path: [] for path in quantized}
     for layer in layers:
@@ -167,7 +172,7 @@ def check_layers(
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise PrecisionError(f"the engine does not run what the policy says, so it is not published:{lines}")
     return PrecisionReport(
-        quantized_linears=len(quantized),
+        quantized_linears=sum(len(fused.get(path, (path,))) for path in quantized),
         int4_constants=sum(constant.datatype == _INT4 for layer in layers for constant in layer.constants),
         int4_codes=sum(quantized.values()),
         unfused=tuple(
@@ -178,6 +183,7 @@ def check_layers(
         layers_by_type=dict(sorted(Counter(layer.type for layer in layers).items())),
         profiles=profiles,
         plugin_layers=len(plugin),
+        plugin_linears=sum(len(fused.get(path, (path,))) for path in plugin),
     )
 
 

@@ -156,6 +156,11 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compute-capability", nargs="+", metavar="CC", help="GPUs of an RTX engine [8.0 8.6 8.9 12.0]")
     group.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 to 5 [3]")
     group.add_argument("--plugin", metavar="on|off", help="run W4A8 linears in our TensorRT plugin [off]")
+    group.add_argument(
+        "--fuse-projections",
+        action=argparse.BooleanOptionalAction,
+        help="with --plugin on, one GEMM for q, k and v, and one for gate and up [fuse-projections]",
+    )
     group.add_argument("--mem-pool-size", metavar="POOLS", help="trtexec's --memPoolSize: workspace:8G")
 
 

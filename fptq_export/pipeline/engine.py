@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,20 @@ def build(
     # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.
     with tempfile.TemporaryDirectory(dir=directory.path, prefix=".lowered", suffix=PARTIAL_SUFFIX) as scratch:
         graph = Path(scratch) / "lowered.onnx"
-        lowered = _lower(directory.w4a8, graph, use_plugin=bool(libraries))
+        lowered = _lower(directory.w4a8, graph, options) if libraries else _lower_natively(directory.w4a8, graph)
         request = BuildRequest(
             onnx_path=graph,
             weights_dir=graph.parent if libraries else directory.path,
             engine_path=engine,
             log_path=directory.build_log,
             target=target,
-            quantized={path: _int4_codes(layer, path in lowered.plugin) for path, layer in quantized.items()},
+            quantized=_int4_codes(quantized, lowered),
             profiles=(profile,) if profile is not None else (),
             compute_capabilities=options.compute_capability if target is Target.TENSORRT_RTX else (),
             optimization_level=options.builder_optimization_level,
             memory_pools=mem_pools_from_option(options.mem_pool_size or ""),
             plugin=lowered.plugin,
+            fused=lowered.fused,
             plugin_library=next(iter(libraries), None),
         )
         report = build_engine(request, progress)
@@ -65,24 +68,33 @@ def build(
         "int4_constants": report.precision.int4_constants,
         "unfused": report.precision.unfused,
         "plugin_layers": report.precision.plugin_layers,
+        "plugin_linears": report.precision.plugin_linears,
         "not_in_plugin": lowered.left_alone,
         "warnings": report.warnings,
     }
 
 
-def _lower(w4a8: Path, graph: Path, *, use_plugin: bool) -> Lowered:
-    if use_plugin:
-        return lower_for_plugin(w4a8, graph)
+def _lower(w4a8: Path, graph: Path, options: RunOptions) -> Lowered:
+    return lower_for_plugin(w4a8, graph, fuse_projections=options.fuse_projections)
+
+
+def _lower_natively(w4a8: Path, graph: Path) -> Lowered:
     lower_for_tensorrt(w4a8, graph)
     return Lowered()
 
 
-def _int4_codes(layer: LayerPolicy, in_plugin: bool) -> int:
-    """INT4 codes of a linear in the engine; packed weights are padded to whole tiles."""
-    if not in_plugin:
-        return layer.in_features * layer.out_features
-    padded_n, padded_k = padded_shape(layer.out_features, layer.in_features)
-    return padded_n * padded_k
+def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str, int]:
+    """INT4 codes of each linear of the engine, by path; packed weights are padded to whole tiles.
+
+    Every quantized layer of the policy is in exactly one of them: alone, or in a fused one.
+    """
+    fused_path = {path: fused for fused, paths in lowered.fused.items() for path in paths}
+    sizes: dict[str, tuple[int, int]] = {}
+    for path, layer in layers.items():
+        joint = fused_path.get(path, path)
+        out_features, _ = sizes.get(joint, (0, 0))
+        sizes[joint] = (out_features + layer.out_features, layer.in_features)
+    return {path: prod(padded_shape(*size) if path in lowered.plugin else size) for path, size in sizes.items()}
 
 
 def _profile(graph: Path, options: RunOptions) -> Profile | None:

@@ -328,6 +328,7 @@ class _Road:
             "builder_optimization_level",
             "mem_pool_size",
             "plugin",
+            "fuse_projections",
         )
         plugin = plugin_libraries(self._options, self._target)
         self._stage(

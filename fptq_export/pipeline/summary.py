@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -98,9 +100,15 @@ def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("engine layers", str(figures["engine_layers"])),
         ("quantized linears found in the engine, as INT4", str(figures["quantized_linears"])),
         ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
-        ("of these run by the W4A8 plugin", str(figures.get("plugin_layers", 0))),
+        ("of these run by the W4A8 plugin", _plugin_text(figures)),
         ("built with", f"{figures['target']} {figures['library_version']}"),
     ]
+
+
+def _plugin_text(figures: Mapping[str, Any]) -> str:
+    """`210 in 120 layers`; 0 without the plugin, and in manifests of before there was one."""
+    linears, layers = figures.get("plugin_linears", 0), figures.get("plugin_layers", 0)
+    return f"{linears} in {layers} layers" if linears != layers else str(linears)
 
 
 def _stage_table(manifest: Manifest) -> Table:

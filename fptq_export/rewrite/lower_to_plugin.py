@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,16 @@ from fptq_export.packing import (
 from fptq_export.policy import GROUP_SIZES
 from fptq_export.rewrite.functions import DOMAIN, W4A8_PER_TOKEN, W4A8_STATIC
 
-__all__ = ["PLUGIN_DOMAIN", "PLUGIN_VERSION", "LowerToPlugin"]
+__all__ = [
+    "PLUGIN_DOMAIN",
+    "PLUGIN_VERSION",
+    "LowerToPlugin",
+    "PluginLinear",
+    "bias_addition",
+    "lazy_initializer",
+    "plugin_linear",
+    "remove_if_unused",
+]
 
 PLUGIN_DOMAIN = "fptq.tensorrt"
 """ONNX domain of the lowered nodes: not that of the functions, so that no function body applies to packed weights."""
@@ -33,7 +42,7 @@ _TYPES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 @dataclass(frozen=True)
-class _Linear:
+class PluginLinear:
     """What a portable node computes: codes INT4 [in, out], scales FLOAT16 [in/group_size, out]."""
 
     x: ir.Value
@@ -74,7 +83,7 @@ class LowerToPlugin(ir.passes.InPlacePass):
             if node.domain != DOMAIN or node.op_type not in (W4A8_STATIC, W4A8_PER_TOKEN):
                 continue
             path = (node.name or "").rpartition("/")[0]
-            linear = _linear(node)
+            linear = plugin_linear(node)
             if isinstance(linear, str):
                 self.left_alone[path] = linear
                 continue
@@ -96,7 +105,7 @@ class LowerToPlugin(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{path!r} still carries its weight in ONNX order")
 
 
-def _linear(node: ir.Node) -> _Linear | str:
+def plugin_linear(node: ir.Node) -> PluginLinear | str:
     """What a node computes, or why the plugin cannot."""
     x, codes, scales, x_scale = (*node.inputs, None)[:4]
     if x is None or codes is None or scales is None or x.dtype is None:
@@ -118,7 +127,7 @@ def _linear(node: ir.Node) -> _Linear | str:
         return f"its scales are {scales.const_value.shape}, not {list(groups)}"
     if node.op_type == W4A8_STATIC and not _is_float_scalar(x_scale):
         return "its activation scale is not one FLOAT constant"
-    return _Linear(x, x.dtype, codes, scales, x_scale, in_features, out_features, group_size)
+    return PluginLinear(x, x.dtype, codes, scales, x_scale, in_features, out_features, group_size)
 
 
 def _is_float_scalar(value: ir.Value | None) -> bool:
@@ -126,8 +135,8 @@ def _is_float_scalar(value: ir.Value | None) -> bool:
     return tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size == 1
 
 
-def _lower(model: ir.Model, node: ir.Node, linear: _Linear, path: str) -> None:
-    addition, bias = _bias_addition(node, linear)
+def _lower(model: ir.Model, node: ir.Node, linear: PluginLinear, path: str) -> None:
+    addition, bias = bias_addition(node, linear)
     inputs = [linear.x, _tiles(model, linear, path), _scales(model, linear, path)]
     inputs += [value for value in (linear.x_scale, bias) if value is not None]
     attributes = _attributes(linear, has_bias=bias is not None)
@@ -140,12 +149,17 @@ def _lower(model: ir.Model, node: ir.Node, linear: _Linear, path: str) -> None:
     for dead in [node] if addition is None else [addition, node]:
         model.graph.remove(dead, safe=True)
     model.graph.opset_imports[PLUGIN_DOMAIN] = 1
-    for value in (linear.codes, linear.scales):
+    remove_if_unused(model, (linear.codes, linear.scales))
+
+
+def remove_if_unused(model: ir.Model, initializers: Iterable[ir.Value]) -> None:
+    """Drop initializers that nothing reads any more."""
+    for value in initializers:
         if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[value.name or ""]
+            model.graph.initializers.pop(value.name or "", None)
 
 
-def _bias_addition(node: ir.Node, linear: _Linear) -> tuple[ir.Node, ir.Value] | tuple[None, None]:
+def bias_addition(node: ir.Node, linear: PluginLinear) -> tuple[ir.Node, ir.Value] | tuple[None, None]:
     """The only reader of a linear and its bias, where that is what the reader adds."""
     output = node.outputs[0]
     readers = [use.node for use in output.uses()]
@@ -158,7 +172,7 @@ def _bias_addition(node: ir.Node, linear: _Linear) -> tuple[ir.Node, ir.Value] |
     return (readers[0], bias) if constant.shape.numpy() == (linear.out_features,) else (None, None)
 
 
-def _attributes(linear: _Linear, *, has_bias: bool) -> list[ir.Attr]:
+def _attributes(linear: PluginLinear, *, has_bias: bool) -> list[ir.Attr]:
     numbers: Mapping[str, int] = {
         "layout_version": LAYOUT_VERSION,
         "scheme": _SCHEME_GROUP,
@@ -174,7 +188,7 @@ def _attributes(linear: _Linear, *, has_bias: bool) -> list[ir.Attr]:
     ]
 
 
-def _tiles(model: ir.Model, linear: _Linear, path: str) -> ir.Value:
+def _tiles(model: ir.Model, linear: PluginLinear, path: str) -> ir.Value:
     tensor = linear.codes.const_value
 
     def packed() -> NDArray[np.generic]:
@@ -182,10 +196,10 @@ def _tiles(model: ir.Model, linear: _Linear, path: str) -> ir.Value:
         return packed_tiles_from_int4(np.ascontiguousarray(tensor.numpy().astype(np.int8).T))
 
     shape = padded_shape(linear.out_features, linear.in_features)
-    return _initializer(model, f"{path}.weight_tiles", ir.DataType.INT4, shape, packed)
+    return lazy_initializer(model, f"{path}.weight_tiles", ir.DataType.INT4, shape, packed)
 
 
-def _scales(model: ir.Model, linear: _Linear, path: str) -> ir.Value:
+def _scales(model: ir.Model, linear: PluginLinear, path: str) -> ir.Value:
     tensor = linear.scales.const_value
 
     def packed() -> NDArray[np.generic]:
@@ -194,12 +208,13 @@ def _scales(model: ir.Model, linear: _Linear, path: str) -> ir.Value:
 
     padded_n, _ = padded_shape(linear.out_features, linear.in_features)
     shape = (linear.in_features // linear.group_size, padded_n)
-    return _initializer(model, f"{path}.weight_tile_scales", ir.DataType.FLOAT16, shape, packed)
+    return lazy_initializer(model, f"{path}.weight_tile_scales", ir.DataType.FLOAT16, shape, packed)
 
 
-def _initializer(
+def lazy_initializer(
     model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[np.generic]]
 ) -> ir.Value:
+    """Add an initializer that is computed when it is written (see `lazy_tensor`)."""
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     value.const_value = lazy_tensor(name, dtype, shape, make)
     model.graph.register_initializer(value)

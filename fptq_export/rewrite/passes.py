@@ -3,8 +3,9 @@
 1. `FoldEqualization` first: it changes float weights, which exist only before quantization.
 2. `InsertQdq`: the standard form, `model.qdq.onnx`.
 3. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
-4. Per target, at build time, on a copy that is never written beside the others: `LowerToPlugin` where the plugin is
-   used, then `LowerToNative` for every linear that is still portable, then `LintPrecision`.
+4. Per target, at build time, on a copy that is never written beside the others. Where the plugin is used:
+   `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
+   `LowerToNative` for every linear that is still portable, then `LintPrecision`.
 
 `CheckInvariants` runs after 2 and 3.
 """
@@ -24,6 +25,7 @@ from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import Progress
 from fptq_export.rewrite.check_invariants import CheckInvariants, interface_from_graph
 from fptq_export.rewrite.fold_equalization import FoldEqualization
+from fptq_export.rewrite.fuse_projections import FuseProjections
 from fptq_export.rewrite.fuse_w4a8_linears import FuseW4A8Linears
 from fptq_export.rewrite.insert_qdq import InsertQdq
 from fptq_export.rewrite.lint_precision import LintPrecision
@@ -48,7 +50,9 @@ class Lowered:
     """Who runs the quantized linears of a lowered graph; those of neither mapping run natively by choice."""
 
     plugin: Mapping[str, str] = field(default_factory=dict)
-    """Torch path -> operator of the plugin."""
+    """Path -> operator of the plugin; the path is a torch path or one of `fused`."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Path of a fused linear -> torch paths of the linears it computes."""
     left_alone: Mapping[str, str] = field(default_factory=dict)
     """Torch path -> why the plugin does not run it."""
 
@@ -102,7 +106,7 @@ def lower_for_tensorrt(w4a8: Path, lowered: Path) -> None:
         onnx.save(ir.to_proto(model), str(partial), format="protobuf")
 
 
-def lower_for_plugin(w4a8: Path, lowered: Path) -> Lowered:
+def lower_for_plugin(w4a8: Path, lowered: Path, *, fuse_projections: bool = True) -> Lowered:
     """Write the graph a TensorRT with our plugin builds, and its weights in tile order beside it.
 
     Linears that the kernels cannot run are lowered as in `lower_for_tensorrt`; the result says which and why.
@@ -110,15 +114,18 @@ def lower_for_plugin(w4a8: Path, lowered: Path) -> Lowered:
     Args:
         w4a8: `model.w4a8.onnx`.
         lowered: Where the lowered graph goes; all its weights go to the data file beside it.
+        fuse_projections: Multiply once where several linears read one tensor.
 
     Raises:
         PrecisionError: The graph would run another precision than it says.
     """
     model = load_graph(w4a8)
-    to_plugin = LowerToPlugin()
+    fuse, to_plugin = FuseProjections(), LowerToPlugin()
+    if fuse_projections:
+        fuse(model)
     to_plugin(model)
     LowerToNative()(model)
     LintPrecision()(model)
     write_weights(model, data_path(lowered))
     save_graph(model, lowered)
-    return Lowered(to_plugin.lowered, to_plugin.left_alone)
+    return Lowered(to_plugin.lowered, fuse.fused, to_plugin.left_alone)

@@ -222,3 +222,33 @@ def test_plugin_weight_without_padding_is_refused(golden: Path) -> None:
     """The codes in the engine are those of the packed weight, not of another one."""
     with pytest.raises(PrecisionError, match="holds 39936 INT4 codes, 38400 expected"):
         check_layers(layers_from_log(golden / "plugin.txt"), dict.fromkeys(TILED, 200 * 192), plugin=PLUGIN)
+
+
+QKV = "layer.q_proj+k_proj+v_proj"
+FUSED = {QKV: (Q, K, V)}
+RUN = {QKV: "FptqW4A8GemmStatic"}
+
+
+def plugin_layer(path: str, *dims: int) -> EngineLayer:
+    return dataclasses.replace(layer((int4(*dims),), (f"{path}/{RUN[QKV]}",)), type="custom_layer")
+
+
+def test_fused_layer_proves_every_linear_in_it() -> None:
+    """One layer with the codes of q, k and v counts as one layer and three linears."""
+    items = [plugin_layer(QKV, 384, 256)]
+    report = check_layers(items, {QKV: 3 * CODES}, plugin=RUN, fused=FUSED)
+    assert (report.quantized_linears, report.plugin_linears, report.plugin_layers) == (3, 3, 1)
+    assert report.int4_codes == 3 * CODES
+
+
+def test_fused_layer_without_one_of_its_linears_is_refused() -> None:
+    """A layer that holds the codes of q and k only proves nothing about v, nor about the other two."""
+    with pytest.raises(PrecisionError, match=f"holds {2 * CODES} INT4 codes, {3 * CODES} expected"):
+        check_layers([plugin_layer(QKV, 256, 256)], {QKV: 3 * CODES}, plugin=RUN, fused=FUSED)
+
+
+def test_missing_fused_layer_is_refused_with_its_linears() -> None:
+    """Layers of q, k and v alone are not what was asked for; the message names all three."""
+    items = [plugin_layer(path, 128, 256) for path in (Q, K, V)]
+    with pytest.raises(PrecisionError, match=r"q_proj\+k_proj\+v_proj: no layer holds its INT4 codes"):
+        check_layers(items, {QKV: 3 * CODES}, plugin=RUN, fused=FUSED)

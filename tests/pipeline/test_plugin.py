@@ -22,18 +22,32 @@ def plugin_directory(monkeypatch: pytest.MonkeyPatch) -> Path:
     return built_double()
 
 
-def test_every_linear_is_a_plugin_layer(
-    run_copy: Path, tmp_path: Path, command: Command, plugin_directory: Path
+@pytest.mark.parametrize(("option", "layers"), [("--fuse-projections", 8), ("--no-fuse-projections", 14)])
+def test_every_linear_runs_in_the_plugin(
+    run_copy: Path, tmp_path: Path, command: Command, plugin_directory: Path, option: str, layers: int
 ) -> None:
-    """All 14 linears of the tiny model run in the plugin; nothing is left behind; the second run builds nothing."""
-    words = ("build", run_copy, "--engine", tmp_path / "plugin.plan", "--plugin", "on")
+    """All 14 linears of the tiny model run in the plugin, in 4 layers a block where q, k, v and gate, up are fused."""
+    words = ("build", run_copy, "--engine", tmp_path / "plugin.plan", "--plugin", "on", option)
     outcome = command(*words)
     assert outcome.code == 0, outcome.err
     record = json.loads((run_copy / "manifest.json").read_text())["stages"]["build"]["summary"]
-    assert (record["plugin_layers"], record["quantized_linears"], record["not_in_plugin"]) == (14, 14, {})
-    assert record["layers_by_type"]["custom_layer"] == 14
+    assert (record["plugin_linears"], record["quantized_linears"], record["not_in_plugin"]) == (14, 14, {})
+    assert record["plugin_layers"] == record["layers_by_type"]["custom_layer"] == layers
     assert {path.name for path in run_copy.iterdir()} - {".lock"} == FILES
+    assert ("14 in 8 layers" in outcome.out) == (layers == 8)
     assert "build: up to date" in command(*words).err
+
+
+def test_projections_are_fused_unless_told_otherwise(
+    run_copy: Path, tmp_path: Path, command: Command, plugin_directory: Path
+) -> None:
+    """The option is on by default, and another choice builds the engine again."""
+    words = ("build", run_copy, "--engine", tmp_path / "plugin.plan", "--plugin", "on")
+    assert "14 in 8 layers" in command(*words).out
+    outcome = command(*words, "--no-fuse-projections")
+    assert outcome.code == 0, outcome.err
+    assert "build: up to date" not in outcome.err
+    assert "in 8 layers" not in outcome.out
 
 
 def test_without_the_option_there_is_no_plugin(run_copy: Path, tmp_path: Path, command: Command) -> None:

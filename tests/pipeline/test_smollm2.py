@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import onnx
 import pytest
 
 from calib.stats import read_stats
-from fptq_export.cli import main
 from fptq_export.files import read_json_model
 from fptq_export.package.manifest import Manifest
 from fptq_export.policy import Policy, read_policy
@@ -31,13 +29,9 @@ LARGEST_GRAPH_OVERHEAD = 1.01
 
 
 @pytest.fixture(scope="module")
-def run(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`run/` and `out.plan` of SmolLM2, from its GGUF file, with the default options but for less verification text."""
-    directory = tmp_path_factory.mktemp("smollm2")
-    words = [str(smollm2_gguf), "-o", str(directory / "run"), "--engine", str(directory / "out.plan")]
-    assert main([*words, "--eval-windows", "2"]) == 0
-    logging.disable(logging.NOTSET)
-    return directory / "run"
+def run(smollm2_run: Path) -> Path:
+    """The run directory; `out.plan` is beside it."""
+    return smollm2_run
 
 
 @pytest.fixture(scope="module")

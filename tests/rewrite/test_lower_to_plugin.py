@@ -252,7 +252,8 @@ def test_scales_that_something_else_reads_stay() -> None:
 
 def test_whole_model_is_lowered_with_its_policy(llama_rewritten_fp16: Rewritten, tmp_path: Path) -> None:
     """Every quantized linear of a model runs in the plugin in its mode, and its tiles hold the codes of the policy."""
-    result = lower_for_plugin(llama_rewritten_fp16.w4a8, tmp_path / "lowered.onnx")
+    portable_path, lowered_path = llama_rewritten_fp16.w4a8, tmp_path / "lowered.onnx"
+    result = lower_for_plugin(portable_path, lowered_path, fuse_projections=False)
     wanted = {
         path: W4A8_PER_TOKEN if layer.activation == "per_token" else W4A8_STATIC
         for path, layer in llama_rewritten_fp16.policy.quantized().items()

@@ -49,7 +49,7 @@ def test_engine_has_a_plugin_layer_for_each_linear(request_for: BuildRequest) ->
     second = Profile((ShapeRange("x", *(((1, 1, IN),) * 3)),))
     for profiles in (request_for.profiles, (*request_for.profiles, second)):
         report = build_engine(dataclasses.replace(request_for, profiles=profiles), NoProgress())
-        assert report.precision.plugin_layers == 2
+        assert (report.precision.plugin_layers, report.precision.plugin_linears) == (2, 2)
         assert report.precision.int4_constants == 2 * len(profiles)
         assert report.precision.layers_by_type["custom_layer"] == 2 * len(profiles)
         assert request_for.engine_path.stat().st_size > OUT * IN
