@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fptq_export.errors import UserError
 
-__all__ = ["cuda_include_dir", "find_cmake", "find_nvcc", "tensorrt_include_dir"]
+__all__ = ["binaries_of_wheels", "cuda_include_dir", "find_cmake", "find_nvcc", "tensorrt_include_dir"]
 
 HEADER = "NvInferRuntime.h"
 _CUDA_HEADER = "cuda_runtime_api.h"
@@ -26,7 +26,15 @@ _HEADER_PLACES = (
     "/usr/include",
     "/usr/local/tensorrt/include",
 )
-_CUDA_WHEELS = "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
+_WHEEL_FILES = {
+    "bin/nvcc": "nvidia-cuda-nvcc",
+    "nvvm/bin/cicc": "nvidia-nvvm",
+    "include/crt/host_config.h": "nvidia-cuda-crt",
+    f"include/{_CUDA_HEADER}": "nvidia-cuda-runtime",
+    "include/cccl/nv/target": "nvidia-cuda-cccl",
+}
+"""What the build needs of a toolkit from PyPI -> the wheel that brings it (layout of CUDA 13: `nvidia/cu13/`)."""
+_CUDA_WHEELS = f"pip install {' '.join(_WHEEL_FILES.values())}, or fptq-export[plugin]"
 
 
 def find_cmake() -> tuple[Path, Path]:
@@ -41,24 +49,35 @@ def find_nvcc() -> Path:
     """Find nvcc on PATH, in CUDA_HOME, or in NVIDIA's wheels from PyPI.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it comes from a wheel and another wheel of the toolkit is missing.
     """
-    for candidate in _nvcc_candidates():
+    for candidate in _installed_nvcc():
         if candidate.is_file():
             return candidate
+    for candidate in binaries_of_wheels("nvcc"):
+        missing = [wheel for file, wheel in _WHEEL_FILES.items() if not (candidate.parents[1] / file).is_file()]
+        if missing:
+            cause = f"this nvcc comes from PyPI, and of its toolkit is missing: {', '.join(missing)}"
+            raise UserError(str(candidate), cause, f"pip install {' '.join(missing)}")
+        return candidate
     raise UserError("plugin build", "nvcc is not on PATH, in CUDA_HOME or installed as a wheel", _CUDA_WHEELS)
 
 
-def _nvcc_candidates() -> Iterator[Path]:
+def binaries_of_wheels(name: str) -> list[Path]:
+    """A CUDA program in NVIDIA's wheels from PyPI, the newest toolkit first. Wheels do not put theirs on PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    places = (spec.submodule_search_locations if spec is not None else None) or []
+    found = [path for place in places for path in Path(place).glob(f"cu[0-9]*/bin/{name}")]
+    return sorted(found, key=lambda path: int(path.parents[1].name.removeprefix("cu")), reverse=True)
+
+
+def _installed_nvcc() -> Iterator[Path]:
     on_path = shutil.which("nvcc")
     if on_path is not None:
         yield Path(on_path).resolve()
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             yield Path(home) / "bin" / "nvcc"
-    spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations if spec is not None else None) or []:
-        yield from sorted(Path(place).glob("*/bin/nvcc"), reverse=True)
 
 
 def cuda_include_dir(nvcc: Path) -> Path:

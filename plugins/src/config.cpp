@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 
 #include "bounds.h"
 #include "fptq/layout.h"
@@ -12,6 +13,13 @@
 
 namespace fptq {
 namespace {
+
+/* A configuration that was thought of: either it has a modelled time, or a reason why it cannot be used. */
+struct Candidate {
+  FptqGemmConfig config;
+  double microseconds;   /* modelled; for ordering only */
+  const char* rejection; /* null: usable */
+};
 
 /* ---- what a streaming multiprocessor can do in a clock ---- */
 
@@ -70,6 +78,8 @@ constexpr TileShape kTileShapes[] = {
 #undef FPTQ_GEMM_TILE
 };
 constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
+/* The GEMV, and every tile with every split. */
+constexpr size_t kMaxCandidates = 1 + std::size(kTileShapes) * std::size(kSplits);
 constexpr int kMinTilesPerSplit = 4; /* below, filling the pipeline costs more than the work */
 
 int ceil_divide(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -117,16 +127,30 @@ const char* gemv_error(const FptqGemmDesc& desc, const FptqGemmConfig& config) {
 
 int threads_of(const FptqGemmConfig& c) { return 32 * (c.block_m / c.warp_m) * (c.block_n / c.warp_n); }
 
-/* Registers a thread, a little above what nvcc 13.0 reports for sm_80. */
+/*
+ * Registers a thread: a bound on what nvcc 13.0 takes on any architecture, which tests/plugins/gates compare
+ * with the machine code. Where a k tile ends several groups, the compiler moves their folds apart and keeps
+ * more sums.
+ */
 int registers_of(const FptqGemmDesc& desc, const FptqGemmConfig& c) {
   const int sums = c.warp_m * c.warp_n / 32;
-  return std::min(255, 60 + sums + (desc.scheme == FPTQ_GROUP ? sums : 0) + c.warp_m / 2);
+  int folding = 0;
+  if (desc.scheme == FPTQ_GROUP) {
+    folding = sums;
+    if (desc.group_size == 32) folding += sums / 4;
+    if (desc.group_size == 16) folding += 2 * sums;
+  }
+  return std::min(255, 64 + sums + folding + c.warp_m / 2);
 }
 
-/* Instructions that are no tensor-core step, for each step: conversion, copies and addresses, folding. */
+/*
+ * Instructions that are no tensor-core step, for each step: conversion and scale pairs, folding, copies and
+ * addresses. Fitted to the machine code (fptq_export/roofline/instructions.json has the exact counts).
+ */
 double other_instructions(const FptqGemmDesc& desc, const FptqGemmConfig& c) {
-  const double conversion = (desc.scheme == FPTQ_TWO_LEVEL ? 7.0 : 3.0) * 16.0 / c.warp_m;
-  const double fold = desc.scheme == FPTQ_GROUP ? 8.0 * 32.0 / desc.group_size : 0.0;
+  const double pairs = desc.scheme == FPTQ_TWO_LEVEL ? std::min(2.0, 32.0 / desc.group_size) : 0.0;
+  const double conversion = ((desc.scheme == FPTQ_TWO_LEVEL ? 5.0 : 3.0) + 3.0 * pairs) * 16.0 / c.warp_m;
+  const double fold = desc.scheme == FPTQ_GROUP ? 10.0 * 32.0 / desc.group_size : 0.0;
   const double loads = 12.0 * 16.0 / c.warp_m * 8.0 / c.warp_n + 0.7;
   return conversion + fold + loads;
 }
@@ -232,6 +256,57 @@ Candidate gemm_candidate(const FptqGemmDesc& desc, const FptqDevice& device, con
   return candidate;
 }
 
+/* ---- all of them, in order ---- */
+
+/* Every candidate in a fixed array: no allocation, so nothing here can throw (the files are built without
+ * exceptions). Usable ones first, best first; then the rejected; equals in the order they were added. */
+class Ranking {
+ public:
+  Ranking(const FptqGemmDesc& desc, const FptqDevice& device) {
+    insert(gemv_candidate(desc, device));
+    for (const TileShape& tile : kTileShapes) {
+      for (const int split_k : kSplits) {
+        const Candidate candidate = gemm_candidate(desc, device, tile, split_k);
+        insert(candidate);
+        if (split_k == 1 && candidate.rejection != nullptr)
+          break; /* the tile itself: one reason is enough */
+      }
+    }
+  }
+  const Candidate* begin() const { return candidates_; }
+  const Candidate* end() const { return candidates_ + count_; }
+
+ private:
+  static bool before(const Candidate& a, const Candidate& b) {
+    if ((a.rejection == nullptr) != (b.rejection == nullptr)) return a.rejection == nullptr;
+    return a.rejection == nullptr && a.microseconds < b.microseconds;
+  }
+  void insert(const Candidate& candidate) {
+    size_t place = count_++;
+    for (; place > 0 && before(candidate, candidates_[place - 1]); --place)
+      candidates_[place] = candidates_[place - 1];
+    candidates_[place] = candidate;
+  }
+
+  Candidate candidates_[kMaxCandidates];
+  size_t count_ = 0;
+};
+
+/* One line: kernel, tiles, stages, split; then the modelled time or the reason against it. As snprintf. */
+int print_candidate(char* text, size_t capacity, const Candidate& candidate) {
+  const FptqGemmConfig& c = candidate.config;
+  char kernel[128];
+  if (c.kernel == FPTQ_KERNEL_GEMV) {
+    std::snprintf(kernel, sizeof(kernel), "gemv rows %d, channels %d", c.block_m, c.block_n);
+  } else {
+    std::snprintf(kernel, sizeof(kernel), "gemm tile %dx%dx%d, warp %dx%d, %d stages, split-K %d", c.block_m,
+                  c.block_n, c.block_k, c.warp_m, c.warp_n, c.stages, c.split_k);
+  }
+  if (candidate.rejection != nullptr)
+    return std::snprintf(text, capacity, "%s: rejected: %s\n", kernel, candidate.rejection);
+  return std::snprintf(text, capacity, "%s: %.1f us modelled\n", kernel, candidate.microseconds);
+}
+
 }  // namespace
 
 FptqStatus check_desc(const FptqGemmDesc& desc) {
@@ -267,33 +342,6 @@ size_t gemm_shared_bytes(const FptqGemmDesc& desc, const FptqGemmConfig& config)
   return stage * static_cast<size_t>(config.stages);
 }
 
-std::vector<Candidate> rank_candidates(const FptqGemmDesc& desc, const FptqDevice& device) {
-  std::vector<Candidate> candidates = {gemv_candidate(desc, device)};
-  for (const TileShape& tile : kTileShapes) {
-    for (const int split_k : kSplits) {
-      candidates.push_back(gemm_candidate(desc, device, tile, split_k));
-      if (split_k == 1 && candidates.back().rejection != nullptr)
-        break; /* the tile itself: one reason is enough */
-    }
-  }
-  std::stable_sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
-    if ((a.rejection == nullptr) != (b.rejection == nullptr)) return a.rejection == nullptr;
-    return a.rejection == nullptr && a.microseconds < b.microseconds;
-  });
-  return candidates;
-}
-
-std::string config_text(const FptqGemmConfig& c) {
-  char text[160];
-  if (c.kernel == FPTQ_KERNEL_GEMV) {
-    std::snprintf(text, sizeof(text), "gemv rows %d, channels %d", c.block_m, c.block_n);
-  } else {
-    std::snprintf(text, sizeof(text), "gemm tile %dx%dx%d, warp %dx%d, %d stages, split-K %d", c.block_m,
-                  c.block_n, c.block_k, c.warp_m, c.warp_n, c.stages, c.split_k);
-  }
-  return text;
-}
-
 }  // namespace fptq
 
 /* ---- the boundary ---- */
@@ -307,7 +355,7 @@ FptqStatus fptqCandidates(const FptqGemmDesc* desc, const FptqDevice* device, Fp
   *count = 0;
   if (const FptqStatus status = fptq::check_desc(*desc); status != FPTQ_OK) return status;
   if (const FptqStatus status = fptq::check_device(*device); status != FPTQ_OK) return status;
-  for (const fptq::Candidate& candidate : fptq::rank_candidates(*desc, *device)) {
+  for (const fptq::Candidate& candidate : fptq::Ranking(*desc, *device)) {
     if (candidate.rejection != nullptr || *count >= capacity) break;
     configs[(*count)++] = candidate.config;
   }
@@ -326,19 +374,16 @@ int32_t fptqExplainConfigs(const FptqGemmDesc* desc, const FptqDevice* device, c
   if (desc == nullptr || device == nullptr) return -FPTQ_NULL_POINTER;
   if (const FptqStatus status = fptq::check_desc(*desc); status != FPTQ_OK) return -status;
   if (const FptqStatus status = fptq::check_device(*device); status != FPTQ_OK) return -status;
-  std::string lines;
-  for (const fptq::Candidate& candidate : fptq::rank_candidates(*desc, *device)) {
-    char note[160];
-    if (candidate.rejection != nullptr) {
-      std::snprintf(note, sizeof(note), "rejected: %s", candidate.rejection);
-    } else {
-      std::snprintf(note, sizeof(note), "%.1f us modelled", candidate.microseconds);
-    }
-    lines += fptq::config_text(candidate.config) + ": " + note + "\n";
+  const size_t room = text != nullptr && capacity > 0 ? static_cast<size_t>(capacity) : 0;
+  if (room > 0) text[0] = '\0';
+  size_t length = 0;
+  for (const fptq::Candidate& candidate : fptq::Ranking(*desc, *device)) {
+    const bool fits = length < room;
+    const int written =
+        fptq::print_candidate(fits ? text + length : nullptr, fits ? room - length : 0, candidate);
+    if (written > 0) length += static_cast<size_t>(written);
   }
-  if (text != nullptr && capacity > 0)
-    std::snprintf(text, static_cast<size_t>(capacity), "%s", lines.c_str());
-  return static_cast<int32_t>(lines.size()) + 1;
+  return static_cast<int32_t>(length) + 1;
 }
 
 }  // extern "C"

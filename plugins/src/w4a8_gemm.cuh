@@ -52,8 +52,7 @@ struct GemmTile {
                 "only a single round of A copies may be partly idle");
   static_assert(kRowsPerCopyA % 8 == 0,
                 "the swizzle repeats every 8 rows, so all copies of a thread share it");
-  static_assert(kNumStages >= 3 && kNumStages % 2 == 0,
-                "the loop is unrolled by stages and by the two k tiles of a group");
+  static_assert(kNumStages >= 3, "at least two k tiles under way hide the latency of memory");
 };
 
 template <class T, class S>
@@ -63,6 +62,8 @@ struct GemmShared {
   static constexpr int kStageBytesS = kChunksS * 16;
   static constexpr int kBytes = T::kNumStages * (T::kStageBytesA + T::kStageBytesB + kStageBytesS);
   static_assert(kChunksS <= T::kNumThreads, "a thread copies at most one chunk of scales");
+  static_assert(T::kNumStages % S::kTilesPerGroup == 0,
+                "a round of stages is made of whole groups: the phase of a tile is a constant of the loop");
   static_assert(tile_fits_registers(T::WARP_M, T::WARP_N, S::kFolds, S::kGroupSize),
                 "INT32 and FP32 sums must fit the registers");
 };
@@ -137,7 +138,10 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
   const int num_tiles = first_k_tile<S>(p.num_k_tiles, split + 1, p.split_k) - first_tile;
   const int k_bytes = p.num_k_tiles * T::BLOCK_K;
 
-  /* Copy plan: pointers that advance by constants. Rows and channels past the end are filled with zeros. */
+  /*
+   * Copy plan: pointers that advance once a round of kNumStages k tiles; within a round the offsets of a
+   * and b are constants of the instructions. Rows and channels past the end are filled with zeros.
+   */
   const int8_t* gmem_a[T::kCopiesA];
   bool valid_a[T::kCopiesA];
   const int chunk_row = thread / T::kChunksPerRowA;
@@ -172,20 +176,23 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
       p.s + (static_cast<size_t>(s_group) * p.padded_n + (valid_s ? s_column : 0)) * 2;
   const int s_step = S::kGroupsPerTile * p.padded_n * 2;
 
-  const auto fetch_tile = [&](int stage, int phase) {
+  /* Starts the copies of the k tile `ahead` of the first one of this round. */
+  const auto fetch_tile = [&](int ahead) {
+    const int stage = ahead % kNumStages;
+    const int phase = ahead % S::kTilesPerGroup;
     unsigned char* stage_a = smem_a + stage * T::kStageBytesA;
     unsigned char* stage_b = smem_b + stage * T::kStageBytesB;
 #pragma unroll
     for (int i = 0; i < T::kCopiesA; ++i) {
       if (T::kChunksA % T::kNumThreads == 0 || thread < T::kChunksA) {
-        cp_async_16(stage_a + write_offset_a + i * T::kRowsPerCopyA * T::BLOCK_K, gmem_a[i], valid_a[i]);
+        cp_async_16(stage_a + write_offset_a + i * T::kRowsPerCopyA * T::BLOCK_K,
+                    gmem_a[i] + ahead * T::BLOCK_K, valid_a[i]);
       }
-      gmem_a[i] += T::BLOCK_K;
     }
 #pragma unroll
     for (int i = 0; i < T::kCopiesB; ++i) {
-      cp_async_16(stage_b + (thread + i * T::kNumThreads) * 16, gmem_b[i], valid_b[i]);
-      gmem_b[i] += FPTQ_TILE_BYTES;
+      cp_async_16(stage_b + (thread + i * T::kNumThreads) * 16, gmem_b[i] + ahead * FPTQ_TILE_BYTES,
+                  valid_b[i]);
     }
     if constexpr (S::kHasGroups) {
       if (S::loads_scales(phase) && copies_s) {
@@ -357,7 +364,7 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
    * tile has arrived. */
 #pragma unroll
   for (int t = 0; t < kNumStages - 1; ++t) {
-    if (t < num_tiles) fetch_tile(t, t % S::kTilesPerGroup);
+    if (t < num_tiles) fetch_tile(t);
     cp_async_commit();
   }
 
@@ -369,12 +376,14 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
       if (tile >= num_tiles) break;
       cp_async_wait<kNumStages - 2>(); /* this thread's part of the tile has arrived ... */
       sync_block(); /* ... everybody's has, and nobody still reads the stage that is refilled next */
-      if (tile + kNumStages - 1 < num_tiles) {
-        fetch_tile((u + kNumStages - 1) % kNumStages, (u + kNumStages - 1) % S::kTilesPerGroup);
-      }
+      if (tile + kNumStages - 1 < num_tiles) fetch_tile(u + kNumStages - 1);
       cp_async_commit();
       multiply_tile(u, u % S::kTilesPerGroup, first_tile + tile);
     }
+#pragma unroll
+    for (int i = 0; i < T::kCopiesA; ++i) gmem_a[i] += kNumStages * T::BLOCK_K;
+#pragma unroll
+    for (int i = 0; i < T::kCopiesB; ++i) gmem_b[i] += kNumStages * FPTQ_TILE_BYTES;
   }
   store_results(); /* groups still under way are empty */
 }

@@ -113,7 +113,11 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvMinBlocks) w4a8_gemv_kernel
   }
   sync_block();
 
-  int sums[2][kRows] = {}; /* INT32: of the current group when folding, else of all k */
+  /* INT32: of the current group when folding (in the bits of a magic float, scheme.cuh), else of all k */
+  constexpr int kFirstSum = S::kFolds ? kMagicBits : 0;
+  int sums[2][kRows];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) sums[0][row] = sums[1][row] = kFirstSum;
   Accumulator folded[2][kRows] = {};
 
   const auto fold = [&](const uint16_t (&scales)[2], [[maybe_unused]] int group) {
@@ -123,9 +127,10 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvMinBlocks) w4a8_gemv_kernel
         const float scale = float_from_half(scales[half]);
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-          trace_group_sum(row, channel + half * 8, group, sums[half][row] >> kCodeShift);
-          folded[half][row] = fma_rn(float_from_int(sums[half][row]), scale, folded[half][row]);
-          sums[half][row] = 0;
+          trace_group_sum(row, channel + half * 8, group, (sums[half][row] - kMagicBits) >> kCodeShift);
+          const float sum = float_from_bits(static_cast<uint32_t>(sums[half][row])) - kMagicFloat;
+          folded[half][row] = fma_rn(sum, scale, folded[half][row]);
+          sums[half][row] = kFirstSum;
         }
       }
     }

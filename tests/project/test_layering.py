@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
     {
         *("cpu", "errors", "files", "graph_io", "memory", "numerics", "options"),
-        *("packing", "policy", "progress", "sites", "sources"),
+        *("packing", "policy", "progress", "roofline", "sites", "sources"),
     }
 )
 DRIVERS = frozenset({"__main__", "cli", "pipeline"})

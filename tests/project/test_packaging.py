@@ -44,14 +44,15 @@ PACKAGES = {
     "fptq_export/pipeline",
     "fptq_export/plugin",
     "fptq_export/rewrite",
+    "fptq_export/roofline",
     "fptq_export/trace",
     "fptq_export/verify",
 }
 """Folders with files in the wheel. A new package is added here on purpose."""
 SOURCES = "fptq_export/plugin/sources/"
 """The C++ sources in the wheel."""
-SUFFIXES = {".py", ".txt", ".typed"}
-"""Kinds of files in our packages: code, the built-in text, the typing marker."""
+SUFFIXES = {".json", ".py", ".txt", ".typed"}
+"""Kinds of files in our packages: counts of the time model, code, the built-in text, the typing marker."""
 
 OPTIONAL_IMPORTS = {"tensorrt", "tensorrt_rtx"}
 """Imported only where an extra installs them."""

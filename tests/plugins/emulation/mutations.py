@@ -28,9 +28,11 @@ MUTATIONS = (
     Mutation(
         "refills the stage being read",
         GEMM,
-        "fetch_tile((u + kNumStages - 1) % kNumStages",
-        "fetch_tile(u % kNumStages",
+        "fetch_tile(u + kNumStages - 1)",
+        "fetch_tile(u + kNumStages)",
     ),
+    Mutation("pointers into A stay in the first round", GEMM, "gmem_a[i] += kNumStages * T::BLOCK_K", "(void)i"),
+    Mutation("pointers into B advance one tile short", GEMM, "+= kNumStages * FPTQ", "+= (kNumStages - 1) * FPTQ"),
     Mutation("fetches one tile past the end at the start", GEMM, "if (t < num_tiles)", "if (t <= num_tiles)"),
     Mutation(
         "fetches one tile past the end in the loop",
@@ -99,7 +101,7 @@ MUTATIONS = (
     Mutation("magic float off by one", SCHEME, "12582912.0f", "12582913.0f"),
     Mutation("magic integer off by one", SCHEME, "kMagicBits = 0x4B400000", "kMagicBits = 0x4B400001"),
     Mutation("factor 16 left in", SCHEME, "1.0f / 16.0f", "1.0f"),
-    Mutation("GEMV sums of a group not cleared", GEMV, "          sums[half][row] = 0;\n", ""),
+    Mutation("GEMV sums of a group not cleared", GEMV, "          sums[half][row] = kFirstSum;\n", ""),
     Mutation("GEMV upper channels use the lower scales", GEMV, "(p.s + index + 8)", "(p.s + index)"),
     Mutation("GEMV scales of one group for the whole tile", GEMV, "S::kGroupsPerTile + g;", "S::kGroupsPerTile;"),
     # split-K
