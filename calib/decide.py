@@ -6,16 +6,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from calib.equalize import closed_form_scale
 from calib.load import Checkpoint
-from calib.observe import Stats
 from calib.policy_arrays import policy_arrays
 from calib.replay import replay_policy
 from calib.rule import tier_from_absmax
+from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy, Rule, WeightMethod, group_size_for
@@ -40,6 +41,8 @@ class PolicyOptions:
     v1: float = 150.0
     group_size: int = GROUP_SIZES[0]
     weight_method: WeightMethod = "rtn"
+    signed_scales: bool = False
+    """Let group scales be negative: all 16 levels are used, and only the plugin runs the result."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     """Regular expressions, searched for in torch paths."""
 
@@ -48,16 +51,19 @@ class PolicyOptions:
             cause = f"need 0 <= v0 <= v1 < infinity, got {self.v0:g} and {self.v1:g}"
             raise UserError("--v0, --v1", cause, "the paper has 15 and 150")
         if self.weight_method not in WEIGHT_METHODS:
-            raise UserError(
-                "--weight-method", f"{self.weight_method!r} is unknown", f"use {' or '.join(WEIGHT_METHODS)}"
-            )
+            raise UserError("--weight-method", f"{self.weight_method!r} is unknown", f"use {', '.join(WEIGHT_METHODS)}")
         if self.group_size not in GROUP_SIZES:
             supported = ", ".join(map(str, GROUP_SIZES))
             raise UserError("--group-size", f"{self.group_size} is not supported", f"choose one of {supported}")
 
 
 def decide_policy(
-    sites: Sites, stats: Stats, checkpoint: Checkpoint, options: PolicyOptions, progress: Progress
+    sites: Sites,
+    stats: Stats,
+    checkpoint: Checkpoint,
+    options: PolicyOptions,
+    progress: Progress,
+    hessians: Path | None = None,
 ) -> tuple[Policy, dict[str, NDArray[Any]]]:
     """Apply the FPTQ rule to every linear and quantize the weights.
 
@@ -67,6 +73,7 @@ def decide_policy(
         checkpoint: Read weight by weight.
         options: Thresholds, group size, weight method, exclusions.
         progress: Reports layers.
+        hessians: `hessians.safetensors`, where the weight method needs it.
 
     Returns:
         The policy and its arrays, for `write_policy`.
@@ -96,7 +103,7 @@ def decide_policy(
         raise UserError(
             checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
         )
-    return policy, policy_arrays(policy, sites, stats.channel_absmax, checkpoint, progress)
+    return policy, policy_arrays(policy, sites, stats.channel_absmax, checkpoint, progress, hessians)
 
 
 def excluded_paths(paths: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
@@ -148,6 +155,7 @@ def _layer_policy(linear: Linear, absmax: float, rule: Rule, options: PolicyOpti
         activation_scale=None if activation == "per_token" else closed_form_scale(absmax, equalized=equalized),
         group_size=group_size,
         weight_method=options.weight_method,
+        signed_scales=options.signed_scales,
         site=linear.site,
     )
 

@@ -6,6 +6,7 @@ Nothing is read before it is needed: a `Checkpoint` holds names and shapes, tens
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ __all__ = [
     "model_from_checkpoint",
     "read_tensor",
     "skeleton_from_checkpoint",
+    "stored_dtype",
     "tokenizer_from_checkpoint",
 ]
 
@@ -222,6 +224,13 @@ def model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrai
         model: PreTrainedModel = _from_pretrained(checkpoint, dtype=dtype)
     model.eval()
     return model
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point type of the largest tensor: a model loaded in it is a memory map of the checkpoint."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    floats = [entry for entry in checkpoint.tensors.values() if entry.dtype in dtypes]
+    return dtypes[max(floats, key=lambda entry: math.prod(entry.shape)).dtype]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from calib.equalize import LinearScales, equalization_from_absmax, equalized_weight, scales_from_sites
+from calib.hessians import Hessians, owners_from_sites
 from calib.linears import LinearWeights
 from calib.load import Checkpoint
-from calib.weights import WEIGHT_METHODS
+from calib.weights import WEIGHT_METHODS, WeightProblem
 from fptq_export.errors import UserError
 from fptq_export.packing import packed_from_int4
 from fptq_export.policy import LayerPolicy, Policy
@@ -39,7 +41,12 @@ def equalization_from_policy(policy: Policy, sites: Sites, maxima: Maxima) -> di
 
 
 def policy_arrays(
-    policy: Policy, sites: Sites, maxima: Maxima, checkpoint: Checkpoint, progress: Progress
+    policy: Policy,
+    sites: Sites,
+    maxima: Maxima,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    hessians: Path | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Compute everything that `policy.safetensors` holds.
 
@@ -49,12 +56,14 @@ def policy_arrays(
         maxima: Linear path -> channel maxima, float32 [in].
         checkpoint: Read weight by weight.
         progress: Reports layers.
+        hessians: `hessians.safetensors`, where a weight method needs it.
 
     Returns:
         Array name -> array, as `fptq_export.policy` lists them.
 
     Raises:
-        UserError: A weight disagrees with the traced graph, or a group scale does not fit float16.
+        UserError: A weight disagrees with the traced graph, a group scale does not fit float16, or the Hessians that a
+            weight method needs are not there.
     """
     equalization = equalization_from_policy(policy, sites, maxima)
     scales = scales_from_sites(sites, policy.equalized_sites(), equalization)
@@ -62,31 +71,71 @@ def policy_arrays(
     arrays.update({f"{path}.input_absmax": maxima[path] for path in policy.layers if path in maxima})
     weights = LinearWeights.from_checkpoint(checkpoint)
     quantized = policy.quantized()
+    read_hessian = _hessian_reader(sites, policy, hessians)
     with progress.task("quantize weights", len(quantized), unit="layers") as task:
         for path, layer in quantized.items():
-            codes, group_scales = _quantize_layer(path, layer, weights, scales.get(path, LinearScales()))
+            touched = scales.get(path, LinearScales())
+            weight = equalized_weight(_checked_weight(path, layer, weights), touched)
+            codes, group_scales = _quantize_layer(path, layer, weight, read_hessian(path, touched))
             arrays[f"{path}.weight_codes"] = packed_from_int4(codes)
             arrays[f"{path}.weight_scales"] = group_scales
             task.advance()
     return arrays
 
 
-def _quantize_layer(
-    path: str, layer: LayerPolicy, weights: LinearWeights, scales: LinearScales
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+def _hessian_reader(
+    sites: Sites, policy: Policy, file: Path | None
+) -> Callable[[str, LinearScales], torch.Tensor | None]:
+    """Give a function that reads H of a linear's equalized input, or None for methods that do without."""
+    layers = policy.quantized()
+    needing = {path for path, layer in layers.items() if _needs_hessian(layer)}
+    if not needing:
+        return lambda _path, _scales: None
+    if file is None:
+        raise UserError(f"layer {min(needing)}", "its weight method needs Hessians of the inputs", Hessians.HINT)
+    stored = Hessians(file)
+    owners = owners_from_sites(sites, layers)
+
+    def read(path: str, scales: LinearScales) -> torch.Tensor | None:
+        if path not in needing:
+            return None
+        hessian = stored.read(path, owners)
+        if scales.input is not None:
+            s = torch.from_numpy(scales.input)
+            hessian.div_(s[:, None]).div_(s)
+        return hessian
+
+    return read
+
+
+def _needs_hessian(layer: LayerPolicy) -> bool:
+    return layer.weight_method is not None and WEIGHT_METHODS[layer.weight_method].needs_hessian
+
+
+def _checked_weight(path: str, layer: LayerPolicy, weights: LinearWeights) -> torch.Tensor:
     weight = weights.read(path)
     expected = (layer.out_features, layer.in_features)
     if tuple(weight.shape) != expected:
         cause = f"its weight is {list(weight.shape)}, but the traced graph has {list(expected)}"
         raise UserError(f"layer {path}", cause, "trace the model again")
+    return weight
+
+
+def _quantize_layer(
+    path: str, layer: LayerPolicy, weight: torch.Tensor, hessian: torch.Tensor | None
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     if layer.weight_method is None or layer.group_size is None:
         raise RuntimeError(f"{path} is to be quantized, but its policy has no weight method or no group size")
-    weight = equalized_weight(weight, scales)
-    codes, group_scales = WEIGHT_METHODS[layer.weight_method](weight, layer.group_size)
-    if not torch.isfinite(group_scales).all():
+    problem = WeightProblem(weight, layer.group_size, hessian, signed_scales=layer.signed_scales)
+    try:
+        quantized = WEIGHT_METHODS[layer.weight_method].quantize(problem)
+    except ValueError as error:
+        hint = "calibrate on more text, or use another --weight-method"
+        raise UserError(f"layer {path}", f"{layer.weight_method} failed: {error}", hint) from error
+    if not torch.isfinite(quantized.scales).all():
         raise UserError(
             f"layer {path}",
             f"its equalized weight reaches {weight.abs().max().item():.4g}: the group scale does not fit float16",
             f"exclude the layer: --exclude '{path}'",
         )
-    return codes.numpy(), group_scales.numpy()
+    return quantized.codes.numpy(), quantized.scales.numpy()

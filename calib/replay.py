@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from calib.check_policy import policy_problems
 from calib.equalize import closed_form_scale
+from calib.hessians import HESSIANS_FILE
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.rule import RULE_REASON_START, tier_from_absmax
@@ -34,7 +35,8 @@ def replay_policy(
     is null gets its closed form from the channel maxima stored in `policy.safetensors`; another value is kept.
 
     Args:
-        path: `policy.json`, with `policy.safetensors` beside it.
+        path: `policy.json`, with `policy.safetensors` beside it, and `hessians.safetensors` where a weight method needs
+            it.
         sites: Linears and fold sites of the traced graph.
         checkpoint: Read weight by weight.
         progress: Reports layers.
@@ -58,7 +60,10 @@ def replay_policy(
         for name, layer in policy.layers.items()
     }
     completed = policy.model_copy(update={"layers": layers})
-    return completed, policy_arrays(completed, sites, maxima, checkpoint, progress)
+    hessians = path.with_name(HESSIANS_FILE)
+    return completed, policy_arrays(
+        completed, sites, maxima, checkpoint, progress, hessians if hessians.is_file() else None
+    )
 
 
 def _maxima_from_arrays(path: Path, sites: Sites) -> Mapping[str, NDArray[np.float32]]:

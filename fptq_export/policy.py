@@ -48,7 +48,7 @@ GROUP_SIZES = (128, 64, 32, 16)
 
 Activation = Literal["static", "lae_static", "per_token"]
 Precision = Literal["w4a8", "float"]
-WeightMethod = Literal["rtn", "mse"]
+WeightMethod = Literal["rtn", "mse", "gptq"]
 
 
 class _Model(BaseModel):
@@ -75,6 +75,8 @@ class LayerPolicy(_Model):
     """INT8 scale of the (equalized) input; null for `per_token`, and null in an edited file means closed form."""
     group_size: PositiveInt | None = None
     weight_method: WeightMethod | None = None
+    signed_scales: bool = False
+    """Group scales may be negative, so that all 16 levels are used. Only the plugin runs such layers."""
     site: str | None = None
     """Fold site of the input, from `sites.json`."""
 

@@ -1,23 +1,20 @@
-"""INT4 weight quantization, one method a file, all with one signature.
-
-A method takes (weight float32 [out, in], group_size) and gives (codes int8 [out, in] in [-8, 7], scales float16
-[out, in/group_size]). `group_size` divides `in`. A scale that float16 cannot hold comes out as inf: callers know the
-name of the layer and refuse it.
-"""
+"""INT4 weight quantization, one method a file, all with one signature: `WeightProblem` -> `QuantizedWeight`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
-
+from calib.weights.gptq import quantize_gptq
 from calib.weights.mse import quantize_mse
+from calib.weights.problem import QuantizedWeight, WeightMethodEntry, WeightProblem
 from calib.weights.rtn import quantize_rtn
 from fptq_export.policy import WeightMethod
 
-__all__ = ["WEIGHT_METHODS", "QuantizeWeight"]
+__all__ = ["WEIGHT_METHODS", "QuantizedWeight", "WeightProblem"]
 
-QuantizeWeight = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-
-WEIGHT_METHODS: Mapping[WeightMethod, QuantizeWeight] = {"rtn": quantize_rtn, "mse": quantize_mse}
+WEIGHT_METHODS: Mapping[WeightMethod, WeightMethodEntry] = {
+    "rtn": WeightMethodEntry(quantize_rtn),
+    "mse": WeightMethodEntry(quantize_mse),
+    "gptq": WeightMethodEntry(quantize_gptq, needs_hessian=True),
+}
 """By the name that `--weight-method` and `policy.json` use."""

@@ -127,7 +127,12 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
     )
-    group.add_argument("--weight-method", metavar="NAME", help="rtn or mse [rtn]")
+    group.add_argument("--weight-method", metavar="NAME", help="rtn, mse or gptq [rtn]")
+    group.add_argument(
+        "--signed-scales",
+        action=argparse.BooleanOptionalAction,
+        help="group scales may be negative: more accurate, needs --plugin on [no]",
+    )
     group.add_argument(
         "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
     )

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from calib.batches import CalibrationOptions, token_batches
 from calib.decide import PolicyOptions, decide_policy, excluded_paths
-from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
-from calib.observe import observe
+from calib.hessians import hessian_writer, owners_from_sites
+from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
+from calib.observe import HessianSink, observe
 from calib.replay import replay_policy
 from calib.stats import read_stats, write_stats
+from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.policy import Policy, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
-__all__ = ["calibrate", "decide", "replay", "summary_from_policy"]
+__all__ = ["calibrate", "decide", "needs_hessians", "replay", "summary_from_policy"]
 
 
 def calibrate(
-    checkpoint: Checkpoint, sites: Sites, options: RunOptions, stats_path: Path, progress: Progress
+    checkpoint: Checkpoint,
+    sites: Sites,
+    options: RunOptions,
+    stats_path: Path,
+    hessians_path: Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Measure the inputs of every linear that will be quantized and write `stats.safetensors`."""
+    """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
     wanted = CalibrationOptions(
         dataset=options.calib_dataset,
         size=options.calib_size,
@@ -44,14 +52,37 @@ def calibrate(
         raise UserError(
             checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
         )
-    model = model_from_checkpoint(checkpoint, torch.float32)
-    stats = observe(model, batches, linears, progress, options.batch_size)
+    load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
+    with _hessian_sink(sites, linears, hessians_path) as sink:
+        stats = observe(load, batches, linears, progress, options.batch_size, sink)
     write_stats(stats, stats_path)
     return {"data": batches.description, "tokens": batches.count}
 
 
+@contextmanager
+def _hessian_sink(sites: Sites, linears: Sequence[str], path: Path | None) -> Iterator[HessianSink | None]:
+    if path is None:
+        yield None
+        return
+    owners = owners_from_sites(sites, linears)
+    in_features = {owner: sites.linear(owner).in_features for owner in dict.fromkeys(owners.values())}
+    with hessian_writer(path, in_features) as writer:
+        yield HessianSink(owners, writer.write)
+
+
+def needs_hessians(options: RunOptions) -> bool:
+    """Whether the weight method of a run needs the Hessians of the inputs."""
+    return WEIGHT_METHODS[options.weight_method].needs_hessian
+
+
 def decide(
-    checkpoint: Checkpoint, sites: Sites, options: RunOptions, stats_path: Path, policy_path: Path, progress: Progress
+    checkpoint: Checkpoint,
+    sites: Sites,
+    options: RunOptions,
+    stats_path: Path,
+    hessians_path: Path | None,
+    policy_path: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Choose what every linear runs, quantize its weight, and write both halves of the policy."""
     rule = PolicyOptions(
@@ -59,9 +90,10 @@ def decide(
         v1=options.v1,
         group_size=options.group_size,
         weight_method=options.weight_method,
+        signed_scales=options.signed_scales,
         exclude=options.exclude,
     )
-    policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress)
+    policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
     write_policy(policy, arrays, policy_path)
     return summary_from_policy(policy)
 

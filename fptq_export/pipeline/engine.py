@@ -22,7 +22,7 @@ from fptq_export.build.targets import Target
 from fptq_export.files import PARTIAL_SUFFIX
 from fptq_export.options import RunOptions
 from fptq_export.packing import padded_shape
-from fptq_export.pipeline.plugin import plugin_libraries
+from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import LayerPolicy, read_policy
 from fptq_export.progress import Progress
@@ -35,7 +35,9 @@ def build(
     directory: RunDirectory, engine: Path, target: Target, options: RunOptions, progress: Progress
 ) -> dict[str, Any]:
     """Build the engine of `model.w4a8.onnx`; it gets its name only after its layers matched the policy."""
-    quantized = read_policy(directory.policy).quantized()
+    policy = read_policy(directory.policy)
+    check_signed_scales(policy, options)
+    quantized = policy.quantized()
     profile = _profile(directory.w4a8, options)
     libraries = plugin_libraries(options, target)
     # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.

@@ -9,8 +9,9 @@ from fptq_export.build.targets import Target
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.plugin import library_for_loading
+from fptq_export.policy import Policy
 
-__all__ = ["plugin_libraries"]
+__all__ = ["check_signed_scales", "plugin_libraries"]
 
 
 def plugin_libraries(options: RunOptions, target: Target) -> tuple[Path, ...]:
@@ -29,3 +30,16 @@ def plugin_libraries(options: RunOptions, target: Target) -> tuple[Path, ...]:
     if platform.system() != "Linux":
         raise UserError(where, "the plugin is built on Linux only", "use --plugin off, which needs no library of ours")
     return (library_for_loading(),)
+
+
+def check_signed_scales(policy: Policy, options: RunOptions) -> None:
+    """Refuse negative group scales where no plugin runs them: TensorRT's own INT4 layers take positive scales.
+
+    Raises:
+        UserError: Names the first such layer.
+    """
+    signed = [path for path, layer in policy.quantized().items() if layer.signed_scales]
+    if signed and options.plugin == "off":
+        raise UserError(
+            f"layer {signed[0]}", "signed group scales need the plugin", "add --plugin on, or leave them out"
+        )

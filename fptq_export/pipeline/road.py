@@ -25,7 +25,7 @@ from fptq_export.graph_io import data_path
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
 from fptq_export.pipeline.environment import environment, library_versions
-from fptq_export.pipeline.plugin import plugin_libraries
+from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
@@ -140,9 +140,14 @@ class _Road:
             raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
         if options.policy != "paper" and not Path(options.policy).is_file():
             raise UserError(f"--policy {options.policy}", "no such file", "give a policy.json, or paper")
+        builds = "build" in stages and options.engine is not None
         if self._replays:
-            read_policy(Path(options.policy))
-        if "build" in stages and options.engine is not None:
+            policy = read_policy(Path(options.policy))
+            if builds:
+                check_signed_scales(policy, options)
+        elif builds and options.signed_scales and options.plugin == "off":
+            raise UserError("--signed-scales", "only the plugin runs them", "add --plugin on, or leave it out")
+        if builds:
             plugin_libraries(options, self._target)
             check_target(self._target)
             mem_pools_from_option(options.mem_pool_size or "")
@@ -249,9 +254,24 @@ class _Road:
             "calibrate",
             {**parts, "python": platform.python_version()},
             (self._dir.sites, *files, *self._weight_files, *self._tokenizer_files),
-            (self._dir.stats,),
-            lambda: calibrate(self._checkpoint, self._sites, self._options, self._dir.stats, self._progress),
+            (self._dir.stats, *self._hessian_files),
+            lambda: calibrate(
+                self._checkpoint,
+                self._sites,
+                self._options,
+                self._dir.stats,
+                next(iter(self._hessian_files), None),
+                self._progress,
+            ),
         )
+
+    @property
+    def _hessian_files(self) -> tuple[Path, ...]:
+        """Hessians where they are needed, or there already: another weight method does not calibrate again."""
+        from fptq_export.pipeline.calibration import needs_hessians
+
+        wanted = needs_hessians(self._options) or self._runner.wrote("calibrate", self._dir.hessians)
+        return (self._dir.hessians,) if wanted else ()
 
     def _policy(self) -> None:
         from fptq_export.pipeline.calibration import decide, replay
@@ -259,21 +279,29 @@ class _Road:
         outputs = (self._dir.policy, arrays_path(self._dir.policy))
         if self._replays:
             source = Path(self._options.policy)
+            beside = source.with_name(self._dir.hessians.name)
+            hessians = (beside,) if beside.is_file() else ()
             self._stage(
                 "policy",
                 {},
-                (source, arrays_path(source), self._dir.sites, *self._weight_files),
+                (source, arrays_path(source), *hessians, self._dir.sites, *self._weight_files),
                 outputs,
                 lambda: replay(source, self._checkpoint, self._sites, self._dir.policy, self._progress),
             )
             return
         self._stage(
             "policy",
-            self._option_parts("v0", "v1", "group_size", "weight_method", "exclude"),
-            (self._dir.stats, self._dir.sites, *self._weight_files),
+            self._option_parts("v0", "v1", "group_size", "weight_method", "signed_scales", "exclude"),
+            (self._dir.stats, *self._hessian_files, self._dir.sites, *self._weight_files),
             outputs,
             lambda: decide(
-                self._checkpoint, self._sites, self._options, self._dir.stats, self._dir.policy, self._progress
+                self._checkpoint,
+                self._sites,
+                self._options,
+                self._dir.stats,
+                next(iter(self._hessian_files), None),
+                self._dir.policy,
+                self._progress,
             ),
         )
 

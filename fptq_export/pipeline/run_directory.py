@@ -30,6 +30,11 @@ class RunDirectory:
         return self.path / "stats.safetensors"
 
     @property
+    def hessians(self) -> Path:
+        """Second moments of the inputs of linears; written where the weight method needs them."""
+        return self.path / "hessians.safetensors"
+
+    @property
     def policy(self) -> Path:
         """The readable half of the policy."""
         return self.path / "policy.json"

@@ -85,6 +85,11 @@ class StageRunner:
         if name in self.manifest.stages:
             self._save({other: record for other, record in self.manifest.stages.items() if other != name})
 
+    def wrote(self, name: str, path: Path) -> bool:
+        """Whether the manifest records a file among the outputs of a stage."""
+        record = self.manifest.stages.get(name)
+        return record is not None and any(file.path == relative_name(path, self._directory) for file in record.outputs)
+
     def remove_outputs(self, name: str, paths: tuple[Path, ...]) -> None:
         """Remove files of a finished stage; the manifest says that this was on purpose."""
         names = {relative_name(path, self._directory) for path in paths}

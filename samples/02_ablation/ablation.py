@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from calib.checks import check_checkpoint
 from calib.decide import DEFAULT_EXCLUDE, PolicyOptions, decide_policy, excluded_paths
 from calib.equalize import closed_form_scale
 from calib.fake_quant import WeightPrecision, applied_policy
-from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint, tokenizer_from_checkpoint
-from calib.observe import Stats, observe
+from calib.hessians import hessian_writer, owners_from_sites
+from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
+from calib.observe import HessianSink, observe
 from calib.policy_arrays import policy_arrays
 from calib.session import TorchCausalSession
+from calib.stats import Stats
+from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import FptqError
 from fptq_export.policy import LayerPolicy, Policy
 from fptq_export.progress import ConsoleProgress, Progress
@@ -83,7 +87,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calib-dataset", default="builtin", help="as fptq-export takes it (default: builtin)")
     parser.add_argument("--calib-size", type=int, default=32, help="calibration windows (default: 32)")
     parser.add_argument("--group-size", type=int, default=128, help="input channels a weight scale (default: 128)")
-    parser.add_argument("--weight-method", choices=("rtn", "mse"), default="rtn")
+    parser.add_argument("--weight-method", choices=tuple(WEIGHT_METHODS), default="rtn")
+    parser.add_argument("--signed-scales", action="store_true", help="negative group scales too: plugin only")
     parser.add_argument("--v0", type=float, default=15.0)
     parser.add_argument("--v1", type=float, default=150.0)
     parser.add_argument("--workdir", type=Path, default=Path("work"), help="kept between runs (default: work)")
@@ -101,11 +106,13 @@ def ablation(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     check_checkpoint(checkpoint, progress)
     sites = traced_sites(checkpoint, workdir, progress)
     model = model_from_checkpoint(checkpoint, torch.float32)
-    stats = calibrated_stats(checkpoint, model, sites, options.calib_dataset, sizes, progress)
-    rule = PolicyOptions(options.v0, options.v1, options.group_size, options.weight_method)
-    policy, arrays = decide_policy(sites, stats, checkpoint, rule, progress)
+    stats, hessians = calibrated_stats(checkpoint, workdir, sites, options, sizes, progress)
+    rule = PolicyOptions(
+        options.v0, options.v1, options.group_size, options.weight_method, signed_scales=options.signed_scales
+    )
+    policy, arrays = decide_policy(sites, stats, checkpoint, rule, progress, hessians)
     plain = with_layers(policy, static_without_equalization)
-    plain_arrays = policy_arrays(plain, sites, stats.channel_absmax, checkpoint, progress)
+    plain_arrays = policy_arrays(plain, sites, stats.channel_absmax, checkpoint, progress, hessians)
     rows = [
         Row("float", plain, plain_arrays, quantize_activations=False),
         Row("float, equalized weights", policy, arrays, quantize_activations=False),
@@ -121,7 +128,7 @@ def ablation(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "model": checkpoint.name,
         "calibration": stats.description,
         "held_out": f"{sizes.windows} x {sizes.seq} tokens",
-        "weight_method": options.weight_method,
+        "weight_method": options.weight_method + (", signed scales" if options.signed_scales else ""),
         "group_sizes": sorted({layer.group_size for layer in quantized if layer.group_size is not None}),
         "layers": dict(Counter(str(layer.activation) for layer in quantized)),
         "perplexity": figures,
@@ -130,14 +137,21 @@ def ablation(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
 
 def calibrated_stats(
-    checkpoint: Checkpoint, model: PreTrainedModel, sites: Sites, dataset: str, sizes: Sizes, progress: Progress
-) -> Stats:
-    """Measure the input of every linear but the head."""
+    checkpoint: Checkpoint, workdir: Path, sites: Sites, options: argparse.Namespace, sizes: Sizes, progress: Progress
+) -> tuple[Stats, Path | None]:
+    """Measure the input of every linear but the head; with Hessians where the weight method needs them."""
     paths = [linear.path for linear in sites.linears]
     excluded = excluded_paths(paths, DEFAULT_EXCLUDE)
-    options = CalibrationOptions(dataset=dataset, size=sizes.calib_size, seq=sizes.seq)
-    batches = token_batches(options, tokenizer_from_checkpoint(checkpoint), checkpoint.config.vocab_size)
-    return observe(model, batches, [path for path in paths if path not in excluded], progress)
+    linears = [path for path in paths if path not in excluded]
+    windows = CalibrationOptions(dataset=options.calib_dataset, size=sizes.calib_size, seq=sizes.seq)
+    batches = token_batches(windows, tokenizer_from_checkpoint(checkpoint), checkpoint.config.vocab_size)
+    load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
+    if not WEIGHT_METHODS[options.weight_method].needs_hessian:
+        return observe(load, batches, linears, progress), None
+    owners = owners_from_sites(sites, linears)
+    path = workdir / "hessians.safetensors"
+    with hessian_writer(path, {owner: sites.linear(owner).in_features for owner in set(owners.values())}) as writer:
+        return observe(load, batches, linears, progress, hessians=HessianSink(owners, writer.write)), path
 
 
 def figures_from_rows(

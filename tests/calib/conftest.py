@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calib.load import Checkpoint, checkpoint_from_directory
-from calib.observe import Stats
+from calib.stats import Stats
 from fptq_export.progress import NoProgress
 from fptq_export.sites import Sites
 from tests.support.checkpoints import llama_sites

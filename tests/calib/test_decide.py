@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from calib.decide import PolicyOptions, decide_policy
 from calib.load import Checkpoint, checkpoint_from_directory, read_tensor
-from calib.observe import Stats
+from calib.stats import Stats
 from calib.tensor_files import WEIGHTS_FILE
 from fptq_export import numerics
 from fptq_export.errors import UserError
@@ -232,7 +232,8 @@ def test_policy_survives_the_disk(decide: Decide, tmp_path: Path) -> None:
         ({"v0": -1.0}, "v0 <= v1"),
         ({"v0": float("nan")}, "v0 <= v1"),
         ({"v1": float("inf")}, "< infinity"),
-        ({"weight_method": "gptq"}, "use rtn or mse"),
+        ({"weight_method": "best"}, "use rtn, mse, gptq"),
+        ({"weight_method": "gptq"}, "needs Hessians of the inputs"),
         ({"group_size": 48}, "choose one of 128, 64, 32, 16"),
     ],
 )

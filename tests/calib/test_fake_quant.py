@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from calib.decide import PolicyOptions, decide_policy
 from calib.fake_quant import FakeQuantLinear, applied_policy, apply_policy, quantize_per_token, quantize_static
 from calib.load import Checkpoint, checkpoint_from_directory, model_from_checkpoint
-from calib.observe import Stats
+from calib.stats import Stats
 from fptq_export import numerics
 from fptq_export.packing import int4_from_packed
 from fptq_export.policy import Policy

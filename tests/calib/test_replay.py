@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from calib.decide import PolicyOptions, decide_policy, replay_policy
 from calib.load import Checkpoint
-from calib.observe import Stats
+from calib.stats import Stats
 from fptq_export import numerics
 from fptq_export.errors import UserError, UserErrors
 from fptq_export.packing import int4_from_packed

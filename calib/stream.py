@@ -1,0 +1,168 @@
+"""Run a causal LM block by block: one decoder block and the hidden states of all windows are in memory, nothing else.
+
+The model is opened lazily (its parameters are a memory map of the checkpoint), so opening it again for each block costs
+a fraction of a second and lets go of the pages of the block before. Everything runs in float32, whatever is stored.
+
+What each block is called with beside the hidden states (masks, position embeddings) does not depend on them. One pass
+over the tokens in which blocks hand on their input records it; real blocks then run on the record.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["BlockStream", "LoadModel", "blocks_path"]
+
+LoadModel = Callable[[], "PreTrainedModel"]
+"""Gives the model anew with each call, in eval mode. What it gives is changed and thrown away."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one block for one batch, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def blocks_path(model: nn.Module) -> str | None:
+    """Torch path of the list of decoder blocks: of the lists that lie in no other list, the one with most parameters.
+
+    Returns:
+        None where the model has no list of modules.
+    """
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=lambda path: _parameter_count(model.get_submodule(path)), default=None)
+
+
+class BlockStream:
+    """Hidden states of token windows on their way through the blocks.
+
+    Args:
+        load: Gives the model.
+        tokens: int64 [windows, seq].
+        batch_size: Windows a forward pass. Results do not depend on it, up to the order of float sums.
+        head: Whether `run_rest` runs the head too.
+    """
+
+    def __init__(self, load: LoadModel, tokens: torch.Tensor, batch_size: int, *, head: bool) -> None:
+        self._load = load
+        self._head = head
+        self._batches = tokens.split(batch_size)
+        model = load()
+        self.path = blocks_path(model)
+        self.count = 0 if self.path is None else len(_blocks(model, self.path))
+        self._calls: list[list[_Call]] = [[] for _ in range(self.count)]
+        self._hidden: list[torch.Tensor] = []
+        self._tuple_length: int | None = None
+        if self.count:
+            self._record(model)
+
+    def load_block(self, index: int) -> nn.Module:
+        """One block in float32, a copy of its own."""
+        assert self.path is not None
+        block: nn.Module = copy.deepcopy(_blocks(self._load(), self.path)[index])
+        return block.to(torch.float32)
+
+    def replay(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
+        """Run a block on every batch that reached it and give its outputs; the stream stays where it is."""
+        for hidden, call in zip(self._hidden, self._calls[index], strict=True):
+            yield _hidden_from_output(_run(block, hidden, call))
+
+    def advance(self, index: int, block: nn.Module) -> Iterator[int]:
+        """Replace the hidden states by the block's outputs; gives the tokens of each batch as it is done."""
+        for batch, output in enumerate(self.replay(index, block)):
+            self._hidden[batch] = output
+            yield self._batches[batch].numel()
+        self._calls[index] = []
+
+    def run_rest(self, prepare: Callable[[nn.Module], Any]) -> None:
+        """Run what lies outside the blocks, with the hidden states of the last block in their place.
+
+        Args:
+            prepare: Called with the module that runs, before it runs: for hooks.
+        """
+        model = self._load()
+        body = self._outside_in_float32(model)
+        batch = 0
+        if self.path is not None:
+            for index, block in enumerate(_blocks(model, self.path)):
+                last = index == self.count - 1
+                block.forward = lambda *args, _last=last, **kwargs: self._as_output(
+                    self._hidden[batch] if _last else _hidden_from_arguments(args, kwargs)
+                )
+        prepare(model)
+        for batch, ids in enumerate(self._batches):  # noqa: B007 (the blocks above read it)
+            _run_body(body, ids)
+
+    def _record(self, model: PreTrainedModel) -> None:
+        """Run the tokens through blocks that hand on their input, and keep what each is called with."""
+        body = self._outside_in_float32(model)
+        for index, block in enumerate(_blocks(model, self.path)):
+            block.forward = self._recorder(index)
+        for ids in self._batches:
+            _run_body(body, ids)
+
+    def _recorder(self, index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden_from_arguments(args, kwargs)
+            call = _Call(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
+            self._calls[index].append(call)
+            if index == 0:
+                self._hidden.append(hidden)
+                if self._tuple_length is None:
+                    output = _run(self.load_block(0), hidden, call)
+                    self._tuple_length = len(output) if isinstance(output, tuple) else 0
+            return self._as_output(hidden)
+
+        return forward
+
+    def _as_output(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form that a block of this model returns: a tensor, or a tuple that starts with it."""
+        return (hidden, *[None] * (self._tuple_length - 1)) if self._tuple_length else hidden
+
+    def _outside_in_float32(self, model: PreTrainedModel) -> nn.Module:
+        """The part of the model that runs, with its blocks emptied and everything else in float32."""
+        body = model if self._head else model.base_model
+        if self.path is not None:
+            for block in _blocks(model, self.path):
+                block.to("meta")
+        return body.to(torch.float32)
+
+
+def _run(block: nn.Module, hidden: torch.Tensor, call: _Call) -> Any:
+    with torch.inference_mode():
+        return block(hidden, *call.args, **call.kwargs)
+
+
+def _run_body(body: nn.Module, ids: torch.Tensor) -> None:
+    with torch.inference_mode():
+        body(input_ids=ids, use_cache=False)
+
+
+def _hidden_from_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _hidden_from_output(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _blocks(model: nn.Module, path: str | None) -> list[Any]:
+    return [] if path is None else list(model.get_submodule(path).children())
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
