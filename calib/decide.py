@@ -7,9 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from calib.equalize import closed_form_scale
 from calib.load import Checkpoint
@@ -19,7 +16,7 @@ from calib.rule import tier_from_absmax
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
-from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy, Rule, WeightMethod, group_size_for
+from fptq_export.policy import GROUP_SIZES, ArrayStream, LayerPolicy, Policy, Rule, WeightMethod, group_size_for
 from fptq_export.progress import Progress
 from fptq_export.sites import Linear, Sites
 
@@ -64,7 +61,7 @@ def decide_policy(
     options: PolicyOptions,
     progress: Progress,
     hessians: Path | None = None,
-) -> tuple[Policy, dict[str, NDArray[Any]]]:
+) -> tuple[Policy, ArrayStream]:
     """Apply the FPTQ rule to every linear and quantize the weights.
 
     Args:
@@ -76,7 +73,7 @@ def decide_policy(
         hessians: `hessians.safetensors`, where the weight method needs it.
 
     Returns:
-        The policy and its arrays, for `write_policy`.
+        The policy, and its arrays for `write_policy`: weights are quantized as they are asked for.
 
     Raises:
         UserError: A pattern is no regular expression or matches nothing, no layer can be quantized, the statistics miss

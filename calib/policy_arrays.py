@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 
 from calib.equalize import LinearScales, equalization_from_absmax, equalized_weight, scales_from_sites
-from calib.hessians import Hessians, owners_from_sites
+from calib.hessians import Hessians
 from calib.linears import LinearWeights
 from calib.load import Checkpoint
 from calib.weights import WEIGHT_METHODS, WeightProblem
 from fptq_export.errors import UserError
 from fptq_export.packing import packed_from_int4
-from fptq_export.policy import LayerPolicy, Policy
+from fptq_export.policy import ArrayStream, LayerPolicy, Policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
+from fptq_export.tensor_writer import TensorSpec
 
 __all__ = ["equalization_from_policy", "policy_arrays"]
 
@@ -47,8 +48,8 @@ def policy_arrays(
     checkpoint: Checkpoint,
     progress: Progress,
     hessians: Path | None = None,
-) -> dict[str, NDArray[Any]]:
-    """Compute everything that `policy.safetensors` holds.
+) -> ArrayStream:
+    """Everything that `policy.safetensors` holds, one weight at a time.
 
     Args:
         policy: Complete: tiers, group sizes and weight methods of every quantized layer.
@@ -59,28 +60,45 @@ def policy_arrays(
         hessians: `hessians.safetensors`, where a weight method needs it.
 
     Returns:
-        Array name -> array, as `fptq_export.policy` lists them.
+        The arrays that `fptq_export.policy` lists.
 
     Raises:
-        UserError: A weight disagrees with the traced graph, a group scale does not fit float16, or the Hessians that a
-            weight method needs are not there.
+        UserError: A weight disagrees with the traced graph, or the Hessians that a weight method needs are not there.
+            While the arrays are computed: a group scale does not fit float16.
     """
     equalization = equalization_from_policy(policy, sites, maxima)
     scales = scales_from_sites(sites, policy.equalized_sites(), equalization)
-    arrays: dict[str, NDArray[Any]] = {f"{site}.equalization": s for site, s in equalization.items()}
-    arrays.update({f"{path}.input_absmax": maxima[path] for path in policy.layers if path in maxima})
+    small: dict[str, NDArray[Any]] = {f"{site}.equalization": s for site, s in equalization.items()}
+    small.update({f"{path}.input_absmax": maxima[path] for path in policy.layers if path in maxima})
+    specs = {name: TensorSpec(array.dtype, array.shape) for name, array in small.items()}
     weights = LinearWeights.from_checkpoint(checkpoint)
-    quantized = policy.quantized()
+    for path, layer in policy.quantized().items():
+        _check_shape(path, layer, weights)
+        specs.update(_weight_specs(path, layer))
     read_hessian = _hessian_reader(sites, policy, hessians)
-    with progress.task("quantize weights", len(quantized), unit="layers") as task:
-        for path, layer in quantized.items():
-            touched = scales.get(path, LinearScales())
-            weight = equalized_weight(_checked_weight(path, layer, weights), touched)
-            codes, group_scales = _quantize_layer(path, layer, weight, read_hessian(path, touched))
-            arrays[f"{path}.weight_codes"] = packed_from_int4(codes)
-            arrays[f"{path}.weight_scales"] = group_scales
-            task.advance()
-    return arrays
+
+    def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
+        yield from small.items()
+        quantized = policy.quantized()
+        with progress.task("quantize weights", len(quantized), unit="layers") as task:
+            for path, layer in quantized.items():
+                touched = scales.get(path, LinearScales())
+                weight = equalized_weight(weights.read(path), touched)
+                codes, group_scales = _quantize_layer(path, layer, weight, read_hessian(path, touched))
+                yield f"{path}.weight_codes", packed_from_int4(codes)
+                yield f"{path}.weight_scales", group_scales
+                task.advance()
+
+    return ArrayStream(specs, arrays())
+
+
+def _weight_specs(path: str, layer: LayerPolicy) -> dict[str, TensorSpec]:
+    if layer.group_size is None:
+        raise RuntimeError(f"{path} is to be quantized, but its policy has no group size")
+    return {
+        f"{path}.weight_codes": TensorSpec.of("uint8", layer.out_features, layer.in_features // 2),
+        f"{path}.weight_scales": TensorSpec.of("float16", layer.out_features, layer.in_features // layer.group_size),
+    }
 
 
 def _hessian_reader(
@@ -93,13 +111,12 @@ def _hessian_reader(
         return lambda _path, _scales: None
     if file is None:
         raise UserError(f"layer {min(needing)}", "its weight method needs Hessians of the inputs", Hessians.HINT)
-    stored = Hessians(file)
-    owners = owners_from_sites(sites, layers)
+    stored = Hessians(file, sites)
 
     def read(path: str, scales: LinearScales) -> torch.Tensor | None:
         if path not in needing:
             return None
-        hessian = stored.read(path, owners)
+        hessian = stored.read(path)
         if scales.input is not None:
             s = torch.from_numpy(scales.input)
             hessian.div_(s[:, None]).div_(s)
@@ -112,13 +129,11 @@ def _needs_hessian(layer: LayerPolicy) -> bool:
     return layer.weight_method is not None and WEIGHT_METHODS[layer.weight_method].needs_hessian
 
 
-def _checked_weight(path: str, layer: LayerPolicy, weights: LinearWeights) -> torch.Tensor:
-    weight = weights.read(path)
-    expected = (layer.out_features, layer.in_features)
-    if tuple(weight.shape) != expected:
-        cause = f"its weight is {list(weight.shape)}, but the traced graph has {list(expected)}"
+def _check_shape(path: str, layer: LayerPolicy, weights: LinearWeights) -> None:
+    expected, shape = (layer.out_features, layer.in_features), weights.shapes.get(path)
+    if shape != expected:
+        cause = f"its weight is {shape and list(shape)}, but the traced graph has {list(expected)}"
         raise UserError(f"layer {path}", cause, "trace the model again")
-    return weight
 
 
 def _quantize_layer(

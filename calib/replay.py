@@ -17,7 +17,7 @@ from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.rule import RULE_REASON_START, tier_from_absmax
 from fptq_export.errors import UserError, UserErrors
-from fptq_export.policy import LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, read_policy
+from fptq_export.policy import ArrayStream, LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Linear, Sites
 
@@ -26,9 +26,7 @@ __all__ = ["replay_policy"]
 _BY_HAND = "set by hand"
 
 
-def replay_policy(
-    path: Path, sites: Sites, checkpoint: Checkpoint, progress: Progress
-) -> tuple[Policy, dict[str, NDArray[Any]]]:
+def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Progress) -> tuple[Policy, ArrayStream]:
     """Read a policy that a person may have edited, and recompute scales and codes from the checkpoint.
 
     What a layer runs is taken from its entry; the rule's thresholds are not applied again. An `activation_scale` that
@@ -42,7 +40,7 @@ def replay_policy(
         progress: Reports layers.
 
     Returns:
-        The completed policy and its arrays, for `write_policy`.
+        The completed policy, and its arrays for `write_policy`: weights are quantized as they are asked for.
 
     Raises:
         UserErrors: Everything that is wrong with the file, each with its JSON path.

@@ -15,23 +15,24 @@ Arrays, by name:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fptq_export.errors import UserError
-from fptq_export.files import atomic_path, os_errors_from_safetensors, read_json_model, write_json_model
+from fptq_export.files import read_json_model, write_json_model
+from fptq_export.tensor_writer import TensorSpec, tensor_writer
 
 __all__ = [
     "GROUP_SIZES",
     "POLICY_SCHEMA_VERSION",
     "Activation",
+    "ArrayStream",
     "LayerPolicy",
     "Policy",
     "PolicyArrays",
@@ -169,10 +170,27 @@ def read_policy(path: Path) -> Policy:
     return read_json_model(path, Policy)
 
 
-def write_policy(policy: Policy, arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
+@dataclass(frozen=True)
+class ArrayStream:
+    """The arrays of a policy, computed one at a time as they are asked for."""
+
+    specs: Mapping[str, TensorSpec]
+    """Every array that will come."""
+    arrays: Iterable[tuple[str, NDArray[Any]]]
+
+    def read_all(self) -> dict[str, NDArray[Any]]:
+        """All of them in memory."""
+        return dict(self.arrays)
+
+
+def write_policy(policy: Policy, arrays: ArrayStream | Mapping[str, NDArray[Any]], path: Path) -> None:
     """Write both halves; the readable one last, so that it never stands without its arrays."""
-    with atomic_path(arrays_path(path)) as partial, os_errors_from_safetensors(arrays_path(path)):
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(partial))
+    if not isinstance(arrays, ArrayStream):
+        specs = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
+        arrays = ArrayStream(specs, arrays.items())
+    with tensor_writer(arrays_path(path), arrays.specs) as writer:
+        for name, array in arrays.arrays:
+            writer.write(name, array)
     write_json_model(policy, path)
 
 

@@ -66,8 +66,8 @@ def _hessian_sink(sites: Sites, linears: Sequence[str], path: Path | None) -> It
         return
     owners = owners_from_sites(sites, linears)
     in_features = {owner: sites.linear(owner).in_features for owner in dict.fromkeys(owners.values())}
-    with hessian_writer(path, in_features) as writer:
-        yield HessianSink(owners, writer.write)
+    with hessian_writer(path, in_features) as write:
+        yield HessianSink(owners, write)
 
 
 def needs_hessians(options: RunOptions) -> bool:

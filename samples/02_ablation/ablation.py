@@ -110,9 +110,10 @@ def ablation(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     rule = PolicyOptions(
         options.v0, options.v1, options.group_size, options.weight_method, signed_scales=options.signed_scales
     )
-    policy, arrays = decide_policy(sites, stats, checkpoint, rule, progress, hessians)
+    policy, stream = decide_policy(sites, stats, checkpoint, rule, progress, hessians)
+    arrays = stream.read_all()
     plain = with_layers(policy, static_without_equalization)
-    plain_arrays = policy_arrays(plain, sites, stats.channel_absmax, checkpoint, progress, hessians)
+    plain_arrays = policy_arrays(plain, sites, stats.channel_absmax, checkpoint, progress, hessians).read_all()
     rows = [
         Row("float", plain, plain_arrays, quantize_activations=False),
         Row("float, equalized weights", policy, arrays, quantize_activations=False),
@@ -150,8 +151,8 @@ def calibrated_stats(
         return observe(load, batches, linears, progress), None
     owners = owners_from_sites(sites, linears)
     path = workdir / "hessians.safetensors"
-    with hessian_writer(path, {owner: sites.linear(owner).in_features for owner in set(owners.values())}) as writer:
-        return observe(load, batches, linears, progress, hessians=HessianSink(owners, writer.write)), path
+    with hessian_writer(path, {owner: sites.linear(owner).in_features for owner in set(owners.values())}) as write:
+        return observe(load, batches, linears, progress, hessians=HessianSink(owners, write)), path
 
 
 def figures_from_rows(

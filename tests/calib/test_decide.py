@@ -39,7 +39,8 @@ def decide(sites: Sites, make_stats: StatsFactory, llama: Checkpoint) -> Decide:
     """Decide for the tiny LLaMA with given input ranges, 1 elsewhere."""
 
     def run(absmax: dict[str, float], **options: Any) -> tuple[Policy, dict[str, NDArray[Any]]]:
-        return decide_policy(sites, make_stats(absmax), llama, PolicyOptions(**options), NoProgress())
+        policy, arrays = decide_policy(sites, make_stats(absmax), llama, PolicyOptions(**options), NoProgress())
+        return policy, arrays.read_all()
 
     return run
 
@@ -152,7 +153,8 @@ def test_excluded_layers_need_no_statistics(sites: Sites, make_stats: StatsFacto
     stats = make_stats({"layers.0.self_attn.q_proj": 40.0})
     without = {path: absmax for path, absmax in stats.channel_absmax.items() if path not in ("lm_head", Q)}
     options = PolicyOptions(exclude=("lm_head", r"layers\.0\.self_attn\.q_proj$"))
-    policy, arrays = decide_policy(sites, Stats(without, 1, "x"), llama, options, NoProgress())
+    policy, stream = decide_policy(sites, Stats(without, 1, "x"), llama, options, NoProgress())
+    arrays = stream.read_all()
     assert policy.layers[Q].precision == "float"
     assert policy.layers[f"{LAYER}.self_attn.k_proj"].activation == "lae_static"
     assert f"{Q}.weight_codes" not in arrays
@@ -188,7 +190,7 @@ def test_model_without_any_quantizable_layer_is_refused(
     checkpoint = checkpoint_from_directory(make_model_dir(narrow_config(mlp=40)), "narrow")
     sites = llama_sites(checkpoint)
     with pytest.raises(UserError, match="divides its 24 inputs") as error:
-        decide_policy(sites, make_uniform_stats(sites), checkpoint, PolicyOptions(), NoProgress())
+        decide_policy(sites, make_uniform_stats(sites), checkpoint, PolicyOptions(), NoProgress())[1].read_all()
     assert "divides its 40 inputs" in error.value.cause
 
 
@@ -270,7 +272,9 @@ def test_weight_beyond_float16_scales_names_its_layer(
     save_file(tensors, tiny_llama_copy / WEIGHTS_FILE)
     checkpoint = checkpoint_from_directory(tiny_llama_copy, "huge")
     with pytest.raises(UserError, match="does not fit float16") as error:
-        decide_policy(sites, make_stats({}), checkpoint, PolicyOptions(weight_method=method), NoProgress())
+        decide_policy(sites, make_stats({}), checkpoint, PolicyOptions(weight_method=method), NoProgress())[
+            1
+        ].read_all()
     assert error.value.where == f"layer {ATTENTION_OUT}"
     assert "--exclude" in error.value.hint
 

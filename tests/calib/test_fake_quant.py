@@ -49,7 +49,8 @@ def model(llama: Checkpoint) -> Any:
 @pytest.fixture
 def decide(sites: Sites, make_stats: StatsFactory, llama: Checkpoint) -> Callable[..., Decided]:
     def run(absmax: dict[str, float], **options: Any) -> Decided:
-        return decide_policy(sites, make_stats(absmax), llama, PolicyOptions(**options), NoProgress())
+        policy, arrays = decide_policy(sites, make_stats(absmax), llama, PolicyOptions(**options), NoProgress())
+        return policy, arrays.read_all()
 
     return run
 
@@ -195,7 +196,8 @@ def test_bias_of_a_producer_is_divided(make_stats: StatsFactory, tiny_llama_copy
     checkpoint = checkpoint_from_directory(_with_biases(tiny_llama_copy), "biased")
     biased_sites = llama_sites(checkpoint)
     stats = make_stats(ALL_EQUALIZED)
-    policy, arrays = decide_policy(biased_sites, stats, checkpoint, PolicyOptions(v0=0.0, v1=1e6), NoProgress())
+    policy, stream = decide_policy(biased_sites, stats, checkpoint, PolicyOptions(v0=0.0, v1=1e6), NoProgress())
+    arrays = stream.read_all()
     model: Any = model_from_checkpoint(checkpoint, torch.float32)
     before, biases = logits(model), {path: model.get_submodule(path).bias.clone() for path in (UP, DOWN)}
     apply_policy(model, policy, arrays, biased_sites, weights="float", quantize_activations=False)

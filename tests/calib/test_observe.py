@@ -217,13 +217,13 @@ def test_hessian_is_the_second_moment_of_the_input(model: Any, sites: Sites, pat
         model.get_submodule(path)._forward_pre_hooks.clear()
     owners = owners_from_sites(sites, paths)
     sizes = {owner: sites.linear(owner).in_features for owner in dict.fromkeys(owners.values())}
-    with hessian_writer(tmp_path / "hessians.safetensors", sizes) as writer:
-        observe(again(model), batches, paths, NoProgress(), 2, HessianSink(owners, writer.write))
+    with hessian_writer(tmp_path / "hessians.safetensors", sizes) as write:
+        observe(again(model), batches, paths, NoProgress(), 2, HessianSink(owners, write))
     assert len(sizes) == 4 * LAYERS
-    stored = Hessians(tmp_path / "hessians.safetensors")
+    stored = Hessians(tmp_path / "hessians.safetensors", sites)
     for path in paths:
         x = np.concatenate(record[path])
         assert len(x) == batches.count
         # A float32 sum of n terms, each a rounded product: (n + 1) half ulps of the sum of magnitudes (Higham 3.1).
         bound = (len(x) + 2) * 2.0**-24 * (np.abs(x).T @ np.abs(x)) / len(x)
-        assert (np.abs(stored.read(path, owners).numpy() - x.T @ x / len(x)) <= bound).all(), path
+        assert (np.abs(stored.read(path).numpy() - x.T @ x / len(x)) <= bound).all(), path

@@ -47,7 +47,8 @@ def replay(path: Path, sites: Sites, llama: Checkpoint) -> Callable[[Edit], tupl
         document = json.loads(path.read_text())
         edit(document)
         path.write_text(json.dumps(document))
-        return replay_policy(path, sites, llama, NoProgress())
+        policy, arrays = replay_policy(path, sites, llama, NoProgress())
+        return policy, arrays.read_all()
 
     return run
 
