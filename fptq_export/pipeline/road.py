@@ -17,15 +17,15 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fptq_export import __version__
-from fptq_export.build.memory_pools import mem_pools_from_option
-from fptq_export.build.targets import Target, check_target, module_name, target_from_option
+from fptq_export.build.targets import module_name, target_from_option
 from fptq_export.errors import UserError
 from fptq_export.files import remove_partial_files, write_json_model
 from fptq_export.graph_io import data_path
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
+from fptq_export.pipeline.check_options import check_options, replays
 from fptq_export.pipeline.environment import environment, library_versions
-from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
+from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
@@ -88,7 +88,7 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
         runner = StageRunner(directory.path, _manifest(options, command), console)
         write_manifest(runner.manifest, directory.path)
         road = _Road(options, directory, runner, progress)
-        road.check_options(VERBS[verb])
+        check_options(options, road.target, VERBS[verb])
         for name in VERBS[verb]:
             road.stages[name]()
     return runner.manifest
@@ -125,40 +125,12 @@ class _Road:
         self._dir = directory
         self._runner = runner
         self._progress = progress
-        self._target = target_from_option(options.target)
+        self.target = target_from_option(options.target)
         self.stages: Mapping[str, Callable[[], None]] = {name: getattr(self, f"_{name}") for name in ROAD}
-
-    def check_options(self, stages: tuple[str, ...]) -> None:
-        """Refuse what cannot work before anything long starts."""
-        options = self._options
-        if options.v0 > options.v1:
-            raise UserError("--v0", f"is {options.v0:g}, above --v1 {options.v1:g}", "give v0 <= v1")
-        if options.max_ppl_increase is not None and not options.verify:
-            raise UserError("--max-ppl-increase", "cannot be checked with --no-verify", "leave one of the two out")
-        if options.dtype == "bf16" and options.verify and "verify" in stages:
-            cause = "ONNX Runtime cannot run BF16 graphs on a CPU, so the result could not be verified"
-            raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
-        if options.policy != "paper" and not Path(options.policy).is_file():
-            raise UserError(f"--policy {options.policy}", "no such file", "give a policy.json, or paper")
-        builds = "build" in stages and options.engine is not None
-        if self._replays:
-            policy = read_policy(Path(options.policy))
-            if builds:
-                check_signed_scales(policy, options)
-        elif builds and options.signed_scales and options.plugin == "off":
-            raise UserError("--signed-scales", "only the plugin runs them", "add --plugin on, or leave it out")
-        if builds:
-            plugin_libraries(options, self._target)
-            check_target(self._target)
-            mem_pools_from_option(options.mem_pool_size or "")
-            if self._target is Target.ONNX:
-                raise UserError("--engine", "there is no engine with --target onnx", "leave --engine out")
-        if stages == VERBS["build"] and options.engine is None:
-            raise UserError("--engine", "is missing", "say where the engine goes: --engine out.plan")
 
     @property
     def _replays(self) -> bool:
-        return self._options.policy != "paper"
+        return replays(self._options)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -344,7 +316,7 @@ class _Road:
             self._runner.skip("build")
             return
         engine = self._options.engine
-        library = module_name(self._target)
+        library = module_name(self.target)
         parts = self._option_parts(
             "max_batch_size",
             "max_input_len",
@@ -358,13 +330,13 @@ class _Road:
             "plugin",
             "fuse_projections",
         )
-        plugin = plugin_libraries(self._options, self._target)
+        plugin = plugin_libraries(self._options, self.target)
         self._stage(
             "build",
-            {**parts, "target": str(self._target), "library": library_versions().get(library or "")},
+            {**parts, "target": str(self.target), "library": library_versions().get(library or "")},
             (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy, *plugin),
             (engine, self._dir.build_log),
-            lambda: build(self._dir, engine, self._target, self._options, self._progress),
+            lambda: build(self._dir, engine, self.target, self._options, self._progress),
         )
 
     def _package(self) -> None:

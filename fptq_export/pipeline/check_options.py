@@ -1,0 +1,66 @@
+"""Combinations of options that cannot work, refused before anything long starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fptq_export.build.memory_pools import mem_pools_from_option
+from fptq_export.build.targets import Target, check_target
+from fptq_export.errors import UserError
+from fptq_export.options import RunOptions
+from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
+from fptq_export.policy import read_policy
+
+__all__ = ["check_options", "replays"]
+
+
+def replays(options: RunOptions) -> bool:
+    """Whether a policy file is replayed, so that nothing is calibrated."""
+    return options.policy != "paper"
+
+
+def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        options: Each of them valid on its own.
+        target: What the engine is built for.
+        stages: The stages of the verb.
+
+    Raises:
+        UserError: Names the option, the cause and the way out.
+    """
+    if options.v0 > options.v1:
+        raise UserError("--v0", f"is {options.v0:g}, above --v1 {options.v1:g}", "give v0 <= v1")
+    if options.max_ppl_increase is not None and not options.verify:
+        raise UserError("--max-ppl-increase", "cannot be checked with --no-verify", "leave one of the two out")
+    if options.dtype == "bf16" and options.verify and "verify" in stages:
+        cause = "ONNX Runtime cannot run BF16 graphs on a CPU, so the result could not be verified"
+        raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
+    if replays(options):
+        _check_replayed_policy(options)
+    if "build" in stages:
+        _check_build(options, target, only_verb=stages == ("build",))
+
+
+def _check_replayed_policy(options: RunOptions) -> None:
+    path = Path(options.policy)
+    if not path.is_file():
+        raise UserError(f"--policy {options.policy}", "no such file", "give a policy.json, or paper")
+    policy = read_policy(path)
+    if options.engine is not None:
+        check_signed_scales(policy, options)
+
+
+def _check_build(options: RunOptions, target: Target, *, only_verb: bool) -> None:
+    if options.engine is None:
+        if only_verb:
+            raise UserError("--engine", "is missing", "say where the engine goes: --engine out.plan")
+        return
+    if options.signed_scales and options.plugin == "off" and not replays(options):
+        raise UserError("--signed-scales", "only the plugin runs them", "add --plugin on, or leave it out")
+    plugin_libraries(options, target)
+    check_target(target)
+    mem_pools_from_option(options.mem_pool_size or "")
+    if target is Target.ONNX:
+        raise UserError("--engine", "there is no engine with --target onnx", "leave --engine out")
