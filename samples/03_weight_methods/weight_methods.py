@@ -1,0 +1,228 @@
+"""Print the perplexity of a W4A8 model for every weight method, and of ModelOpt's W4A16 INT4 AWQ beside them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from calib.batches import CalibrationOptions, TokenBatches, held_out_windows, token_batches
+from calib.checks import check_checkpoint
+from calib.decide import DEFAULT_EXCLUDE, PolicyOptions, decide_policy, excluded_paths
+from calib.fake_quant import applied_policy
+from calib.hessians import HESSIANS_FILE, hessian_writer, owners_from_sites
+from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
+from calib.observe import HessianSink, observe
+from calib.session import TorchCausalSession
+from calib.stats import Stats
+from calib.weights import WEIGHT_METHODS
+from fptq_export.errors import FptqError
+from fptq_export.policy import Policy
+from fptq_export.progress import ConsoleProgress, Progress
+from fptq_export.sites import Sites, read_sites
+from fptq_export.trace import trace
+from fptq_export.verify.perplexity import Perplexity, nll_from_logits
+
+PER_TOKEN = PolicyOptions(v0=0.0, v1=0.0)
+"""Thresholds that make every layer per-token: what the activations cost at least."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of quantizing."""
+
+    name: str
+    seconds: float | None
+    """Time for the weights, without calibration."""
+    paper: float | None
+    """Perplexity with the paper's activation tiers."""
+    per_token: float | None
+    """Perplexity with one INT8 scale a token everywhere."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share."""
+
+    checkpoint: Checkpoint
+    sites: Sites
+    stats: Stats
+    hessians: Path
+    model: PreTrainedModel
+    windows: NDArray[np.int64]
+    group_size: int
+    progress: Progress
+
+
+def main() -> int:
+    """Run every method and print the table."""
+    options = parse_arguments()
+    console = Console(stderr=True)
+    try:
+        result = measure(options, ConsoleProgress(console))
+    except FptqError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return int(error.exit_code)
+    Console().print(table_from_result(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="Hugging Face directory, hub id or .gguf file")
+    parser.add_argument("--group-size", type=int, default=64, help="input channels a weight scale (default: 64)")
+    parser.add_argument("--methods", nargs="+", choices=tuple(WEIGHT_METHODS), default=tuple(WEIGHT_METHODS))
+    parser.add_argument("--windows", type=int, default=8, help="held-out windows (default: 8)")
+    parser.add_argument("--seq", type=int, default=512, help="tokens a window (default: 512)")
+    parser.add_argument("--calib-size", type=int, default=64, help="calibration windows (default: 64)")
+    parser.add_argument("--workdir", type=Path, default=Path("work"), help="kept between runs (default: work)")
+    parser.add_argument("--json", type=Path, help="write the table here too")
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Calibrate once, then quantize and measure with every method."""
+    if os.environ.get("FPTQ_SAMPLE_QUICK"):
+        options.calib_size, options.windows, options.seq, options.methods = 2, 1, 128, ("gptq",)
+    workdir = options.workdir / Path(options.model).name
+    checkpoint = checkpoint_from_model(options.model, workdir=workdir, trust_remote_code=False, progress=progress)
+    check_checkpoint(checkpoint, progress)
+    sites = traced_sites(checkpoint, workdir, progress)
+    tokenizer = tokenizer_from_checkpoint(checkpoint)
+    sizes = CalibrationOptions(size=options.calib_size, seq=options.seq)
+    batches = token_batches(sizes, tokenizer, checkpoint.config.get_text_config().vocab_size)
+    started = time.monotonic()
+    stats = calibrate(checkpoint, sites, batches, workdir / HESSIANS_FILE, progress)
+    seconds = time.monotonic() - started
+    setting = Setting(
+        checkpoint, sites, stats, workdir / HESSIANS_FILE, model_from_checkpoint(checkpoint, torch.float32),
+        held_out_windows(tokenizer, options.windows, options.seq), options.group_size, progress,
+    )  # fmt: skip
+    rows = [Row("FP32", None, perplexity(setting.model, setting.windows), None)]
+    rows += [row_from_method(setting, name, signed=signed) for name in options.methods for signed in (False, True)]
+    rows += modelopt_rows(setting, batches)
+    return {
+        "model": checkpoint.name,
+        "calibration": batches.description,
+        "calibration_seconds": seconds,
+        "held_out": f"{options.windows} x {options.seq} tokens",
+        "group_size": options.group_size,
+        "rows": [vars(row) for row in rows],
+    }
+
+
+def calibrate(checkpoint: Checkpoint, sites: Sites, batches: TokenBatches, hessians: Path, progress: Progress) -> Stats:
+    """Ranges and Hessians of the inputs of every linear but the head."""
+    paths = [linear.path for linear in sites.linears]
+    excluded = excluded_paths(paths, DEFAULT_EXCLUDE)
+    linears = [path for path in paths if path not in excluded]
+    owners = owners_from_sites(sites, linears)
+    load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
+    with hessian_writer(hessians, {owner: sites.linear(owner).in_features for owner in set(owners.values())}) as write:
+        return observe(load, batches, linears, progress, hessians=HessianSink(owners, write))
+
+
+def row_from_method(setting: Setting, name: str, *, signed: bool) -> Row:
+    """Quantize with one method and measure both kinds of activations."""
+    results: list[float] = []
+    for rule in (PolicyOptions(), PER_TOKEN):
+        options = replace(rule, group_size=setting.group_size, weight_method=name, signed_scales=signed)
+        policy, stream = decide_policy(
+            setting.sites, setting.stats, setting.checkpoint, options, setting.progress, setting.hessians
+        )
+        started = time.monotonic()
+        arrays = stream.read_all()
+        seconds = time.monotonic() - started
+        results.append(perplexity_of_policy(setting, policy, arrays))
+    return Row(f"{name}, signed scales" if signed else name, seconds, *results)
+
+
+def perplexity_of_policy(setting: Setting, policy: Policy, arrays: dict[str, NDArray[Any]]) -> float:
+    """Perplexity of the model with the policy's fake quantization."""
+    with applied_policy(setting.model, policy, arrays, setting.sites):
+        return perplexity(setting.model, setting.windows)
+
+
+def perplexity(model: PreTrainedModel, windows: NDArray[np.int64]) -> float:
+    """Perplexity of the windows, each on its own."""
+    total = Perplexity()
+    session = TorchCausalSession(model, "sample")
+    for window in np.split(windows, len(windows)):
+        logits, _ = session.prefill(window)
+        total.add(*nll_from_logits(logits, window))
+    return total.figures().perplexity
+
+
+def modelopt_rows(setting: Setting, batches: TokenBatches) -> Iterable[Row]:
+    """W4A16 by NVIDIA Model Optimizer's INT4 AWQ, where it is installed (`pip install nvidia-modelopt`)."""
+    if importlib.util.find_spec("modelopt") is None:
+        return []
+    import modelopt.torch.quantization as mtq
+
+    config = copy.deepcopy(mtq.INT4_AWQ_CFG)
+    for entry in config["quant_cfg"]:
+        if entry.get("quantizer_name") == "*weight_quantizer":
+            entry["cfg"]["block_sizes"] = {-1: setting.group_size, "type": "static"}
+    model = copy.deepcopy(setting.model)
+    tokens = torch.from_numpy(batches.tokens)
+
+    def forward_loop(module: Callable[..., Any]) -> None:
+        with torch.inference_mode():
+            for ids in tokens.split(4):
+                module(input_ids=ids, use_cache=False)
+
+    started = time.monotonic()
+    mtq.quantize(model, config, forward_loop)
+    seconds = time.monotonic() - started
+    return [Row("ModelOpt INT4 AWQ, W4A16 (with calibration)", seconds, perplexity(model, setting.windows), None)]
+
+
+def traced_sites(checkpoint: Checkpoint, workdir: Path, progress: Progress) -> Sites:
+    """Find the fold sites, or take them from an earlier run."""
+    path = workdir / "sites.json"
+    if path.is_file():
+        return read_sites(path)
+    workdir.mkdir(parents=True, exist_ok=True)
+    weights = {name: (entry.file, entry.key) for name, entry in checkpoint.tensors.items()}
+    return trace(checkpoint.config, weights, "fp16", workdir / "model.onnx", path, progress)
+
+
+def table_from_result(result: dict[str, Any]) -> Table:
+    """The table that people read."""
+    table = Table(
+        title=f"{result['model']}: perplexity of {result['held_out']}, group size {result['group_size']}",
+        caption=f"{result['calibration']}; calibration {result['calibration_seconds']:.0f} s",
+    )
+    table.add_column("weights")
+    for column in ("seconds", "paper's tiers", "x FP32", "per token", "x FP32"):
+        table.add_column(column, justify="right")
+    base = result["rows"][0]["paper"]
+    for row in result["rows"]:
+        cells = [row["name"], "" if row["seconds"] is None else f"{row['seconds']:.0f}"]
+        for value in (row["paper"], row["per_token"]):
+            cells += ["", ""] if value is None else [f"{value:.2f}", f"{value / base:.3f}"]
+        table.add_row(*cells)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
