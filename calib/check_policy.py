@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.equalize import closed_form_scale
+from calib.given import GivenLayer
 from fptq_export.errors import Problem
 from fptq_export.files import json_path_from_location
 from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy
@@ -20,13 +21,19 @@ _SMALLEST_SCALE, _LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.fin
 _W4A8_FIELDS = ("activation", "group_size", "weight_method")
 
 
-def policy_problems(policy: Policy, sites: Sites, maxima: Mapping[str, NDArray[np.float32]]) -> Iterator[Problem]:
+def policy_problems(
+    policy: Policy,
+    sites: Sites,
+    maxima: Mapping[str, NDArray[np.float32]],
+    given: Mapping[str, GivenLayer] | None = None,
+) -> Iterator[Problem]:
     """List what stands between a policy and a model that runs it.
 
     Args:
         policy: As read from the file.
         sites: Linears and fold sites of the traced graph.
         maxima: Linear path -> stored channel maxima, float32 [in].
+        given: Linear path -> the INT4 codes that came with the model; None where none did.
 
     Yields:
         One problem for each wrong entry; nothing if the policy can be replayed.
@@ -44,6 +51,8 @@ def policy_problems(policy: Policy, sites: Sites, maxima: Mapping[str, NDArray[n
             yield _problem(path, "", "the traced model has no such linear")
         else:
             yield from _layer_problems(layer, linears[path], maxima)
+            if layer.weight_method == "given":
+                yield from _given_problems(layer, linears[path], (given or {}).get(path))
     for site in sites.fold_sites:
         yield from _shared_input_problems(site, policy)
     if not policy.quantized():
@@ -72,6 +81,20 @@ def _layer_problems(layer: LayerPolicy, linear: Linear, maxima: Mapping[str, NDA
             yield _problem(linear.path, field, "a w4a8 layer needs one")
     yield from _group_size_problems(layer, linear)
     yield from _activation_problems(layer, linear, float(maxima[linear.path].max()))
+
+
+def _given_problems(layer: LayerPolicy, linear: Linear, given: GivenLayer | None) -> Iterator[Problem]:
+    """Codes that are taken as they are fit one group size and the weight as it is."""
+    if given is None:
+        yield _problem(linear.path, "weight_method", "the model holds no INT4 codes for it; choose rtn, mse or gptq")
+        return
+    if layer.group_size != given.group_size:
+        cause = f"is {layer.group_size}, but the given codes have {given.group_size}; or choose another weight_method"
+        yield _problem(linear.path, "group_size", cause)
+    if layer.signed_scales != given.signed_scales:
+        yield _problem(linear.path, "signed_scales", f"the given scales make it {str(given.signed_scales).lower()}")
+    if layer.activation == "lae_static":
+        yield _problem(linear.path, "activation", "equalization would change the given codes: use static or per_token")
 
 
 def _group_size_problems(layer: LayerPolicy, linear: Linear) -> Iterator[Problem]:
@@ -117,12 +140,19 @@ def _scale_problems(layer: LayerPolicy, linear: Linear, scale: float, measured: 
 
 
 def _shared_input_problems(site: FoldSite, policy: Policy) -> Iterator[Problem]:
-    """A fold changes the tensor that all consumers read, so they are equalized together or not at all."""
+    """A fold changes the tensor that all consumers read, so they are equalized together or not at all.
+
+    It changes the rows of a producing linear too, so that one must not have given codes.
+    """
     quantized = policy.quantized()
     tiers = {path: quantized[path].activation for path in site.consumers if path in quantized}
     equalized = [path for path, activation in tiers.items() if activation == "lae_static"]
     if not equalized:
         return
+    producer = quantized.get(site.producer_linear or "")
+    if site.producer_linear is not None and producer is not None and producer.weight_method == "given":
+        cause = f"{_listed(equalized)} is lae_static, which would change the given codes of this layer"
+        yield _problem(site.producer_linear, "weight_method", cause)
     for path, activation in tiers.items():
         if activation != "lae_static":
             yield _problem(

@@ -68,7 +68,8 @@ def decide_policy(
         sites: Linears and fold sites of the traced graph.
         stats: Covers every linear that is not excluded.
         checkpoint: Read weight by weight.
-        options: Thresholds, group size, weight method, exclusions.
+        options: Thresholds, group size, weight method, exclusions. A model that came with INT4 codes keeps them: group
+            size and weight method are then not used.
         progress: Reports layers.
         hessians: `hessians.safetensors`, where the weight method needs it.
 
@@ -84,6 +85,8 @@ def decide_policy(
     layers = {
         linear.path: _float_layer(linear, f"excluded by {excluded[linear.path]!r}: keeps the float precision")
         if linear.path in excluded
+        else checkpoint.given.layer_policy(linear, _site_absmax(linear, sites, stats, excluded), rule)
+        if checkpoint.given is not None
         else _layer_policy(linear, _site_absmax(linear, sites, stats, excluded), rule, options)
         for linear in sites.linears
     }

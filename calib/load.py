@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from fptq_export.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from calib.given import GivenWeights
 
 __all__ = [
     "Checkpoint",
@@ -69,6 +71,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     """By torch path of the causal LM, also where the file leaves the base model's prefix out."""
     trust_remote_code: bool = False
+    given: GivenWeights | None = None
+    """INT4 codes that came with the model; the tensors are then those codes, dequantized."""
 
 
 def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool, progress: Progress) -> Checkpoint:
@@ -76,7 +80,7 @@ def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool,
 
     Args:
         model: Hugging Face directory, `.gguf` file or hub id.
-        workdir: Where a GGUF file is dequantized, once, into `checkpoint/`.
+        workdir: Where a GGUF file or a quantized checkpoint is dequantized, once, into `checkpoint/`.
         trust_remote_code: Run Python code that comes with the model.
         progress: Where downloads and conversions are reported.
 
@@ -85,7 +89,7 @@ def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool,
     """
     path = Path(model)
     if path.is_dir():
-        return checkpoint_from_directory(path, path.resolve().name, trust_remote_code=trust_remote_code)
+        return _checkpoint_from_float_or_quantized(path, path.resolve().name, workdir, trust_remote_code, progress)
     if path.suffix == ".gguf":
         directory = directory_from_gguf(path, workdir / "checkpoint", progress=progress)
         return checkpoint_from_directory(directory, path.stem)
@@ -94,22 +98,46 @@ def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool,
     if not _HUB_ID.fullmatch(model):
         raise UserError(model, "no such directory", "give a Hugging Face directory, a hub id or a .gguf file")
     directory = directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
-    return checkpoint_from_directory(directory, model, trust_remote_code=trust_remote_code)
+    return _checkpoint_from_float_or_quantized(directory, model, workdir, trust_remote_code, progress)
 
 
-def checkpoint_from_directory(directory: Path, name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+def _checkpoint_from_float_or_quantized(
+    directory: Path, name: str, workdir: Path, trust_remote_code: bool, progress: Progress
+) -> Checkpoint:
+    # Readers of other formats open checkpoints through this module.
+    from calib.given import GIVEN_ARRAYS, GivenWeights
+    from calib.interchange import directory_from_quantized, quantization_from_directory
+
+    if quantization_from_directory(directory) is None:
+        return checkpoint_from_directory(directory, name, trust_remote_code=trust_remote_code)
+    target, given = directory_from_quantized(
+        directory, workdir / "checkpoint", trust_remote_code=trust_remote_code, progress=progress
+    )
+    checkpoint = checkpoint_from_directory(target, name, trust_remote_code=trust_remote_code)
+    return replace(checkpoint, given=GivenWeights(given, target / GIVEN_ARRAYS))
+
+
+def checkpoint_from_directory(
+    directory: Path, name: str, *, trust_remote_code: bool = False, quantized: bool = False
+) -> Checkpoint:
     """Open a Hugging Face directory: config and tensor headers.
+
+    Args:
+        directory: Holds `config.json` and safetensors files.
+        name: What the model is called.
+        trust_remote_code: Run Python code that comes with the model.
+        quantized: Open a checkpoint with a `quantization_config` too; its tensors are those of its format.
 
     Raises:
         UserError: The config or a weight file is missing or unreadable, or the model is not one this tool can quantize.
         UserErrors: The shard index is wrong.
     """
-    config = _read_config(directory, trust_remote_code)
+    config = _read_config(directory, trust_remote_code, quantized)
     entries = tensor_entries_from_directory(directory)
     return Checkpoint(directory, name, config, _with_base_model_prefix(entries, config), trust_remote_code)
 
 
-def _read_config(directory: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def _read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> PreTrainedConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(str(file), "no such file", "give the directory that holds config.json and the weights")
@@ -121,7 +149,10 @@ def _read_config(directory: Path, trust_remote_code: bool) -> PreTrainedConfig:
             )
     except _MODEL_ERRORS as error:
         raise UserError(str(file), f"not a usable model config ({_first_line(error)})", _config_hint(error)) from error
-    if raw.get("quantization_config") is not None:
+    if quantized:
+        # The model that the config describes is the float one.
+        vars(config).pop("quantization_config", None)
+    elif raw.get("quantization_config") is not None:
         raise UserError(str(file), "the weights are already quantized", "give the original FP16, BF16 or FP32 model")
     if raw.get("transformers_weights") is not None:
         cause = "it names its weight file (transformers_weights), which would bypass the checks"

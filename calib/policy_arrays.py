@@ -82,6 +82,10 @@ def policy_arrays(
         quantized = policy.quantized()
         with progress.task("quantize weights", len(quantized), unit="layers") as task:
             for path, layer in quantized.items():
+                if layer.weight_method == "given":
+                    yield from _given_arrays(path, checkpoint)
+                    task.advance()
+                    continue
                 touched = scales.get(path, LinearScales())
                 weight = equalized_weight(weights.read(path), touched)
                 codes, group_scales = _quantize_layer(path, layer, weight, read_hessian(path, touched))
@@ -126,7 +130,16 @@ def _hessian_reader(
 
 
 def _needs_hessian(layer: LayerPolicy) -> bool:
-    return layer.weight_method is not None and WEIGHT_METHODS[layer.weight_method].needs_hessian
+    method = WEIGHT_METHODS.get(layer.weight_method) if layer.weight_method is not None else None
+    return method is not None and method.needs_hessian
+
+
+def _given_arrays(path: str, checkpoint: Checkpoint) -> Iterator[tuple[str, NDArray[Any]]]:
+    if checkpoint.given is None:
+        raise UserError(f"layer {path}", "the model holds no INT4 codes to take over", "choose a weight method")
+    codes, scales = checkpoint.given.read(path)
+    yield f"{path}.weight_codes", codes
+    yield f"{path}.weight_scales", scales
 
 
 def _check_shape(path: str, layer: LayerPolicy, weights: LinearWeights) -> None:

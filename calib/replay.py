@@ -48,7 +48,8 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     """
     policy = read_policy(path)
     maxima = _maxima_from_arrays(arrays_path(path), sites)
-    problems = list(policy_problems(policy, sites, maxima))
+    given = checkpoint.given.layers if checkpoint.given is not None else None
+    problems = list(policy_problems(policy, sites, maxima, given))
     if problems:
         raise UserErrors(str(path), problems, "mend every entry listed above and run again")
     layers = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from gguf import GGUFReader
 
 from calib.decide import excluded_paths
 from calib.hub import directory_from_hub
+from calib.interchange import quantization_from_directory
 from calib.linears import linears_from_model
 from calib.load import checkpoint_from_directory, skeleton_from_checkpoint
 from fptq_export.errors import UserError
@@ -44,11 +44,17 @@ def sizes_from_model(model: str, exclude: Sequence[str], progress: Progress, *, 
     directory = (
         path if path.is_dir() else directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
     )
-    checkpoint = checkpoint_from_directory(directory, path.name, trust_remote_code=trust_remote_code)
-    linears = linears_from_model(skeleton_from_checkpoint(checkpoint))
+    checkpoint = checkpoint_from_directory(
+        directory,
+        path.name,
+        trust_remote_code=trust_remote_code,
+        quantized=quantization_from_directory(directory) is not None,
+    )
+    skeleton = skeleton_from_checkpoint(checkpoint)
+    linears = linears_from_model(skeleton)
     excluded = excluded_paths(list(linears), exclude)
     names = {f"{linear}.weight" for linear in linears if linear not in excluded}
-    counts = {name: math.prod(entry.shape) for name, entry in checkpoint.tensors.items()}
+    counts = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
     return ModelSizes(sum(counts.values()), sum(count for name, count in counts.items() if name in names))
 
 

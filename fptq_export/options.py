@@ -70,6 +70,11 @@ class RunOptions(BaseModel):
     """Let the plugin multiply once where several linears read one tensor (q, k and v; gate and up)."""
     mem_pool_size: str | None = None
     """`workspace:8G`, as trtexec takes it."""
+    checkpoint: Path | None = None
+    """Where a compressed-tensors checkpoint of the policy goes; None writes none."""
+    checkpoint_format: Literal["int-quantized", "pack-quantized"] = "int-quantized"
+    checkpoint_per_token: bool = False
+    """Write every input as quantized token by token, which is what vLLM runs."""
     keep: bool = True
     """Keep the float and the Q/DQ graph after a successful run."""
     trust_remote_code: bool = False

@@ -23,9 +23,10 @@ VERB_HELP = {
     "calibrate": "model -> stats.safetensors and policy.json",
     "rewrite": "model.onnx and policy -> model.qdq.onnx and model.w4a8.onnx",
     "verify": "model.w4a8.onnx against the FP32 model -> verify.json",
+    "checkpoint": "policy -> compressed-tensors checkpoint, for llm-compressor and vLLM",
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
-_DIRECTORY_VERBS = ("rewrite", "verify", "build")
+_DIRECTORY_VERBS = ("rewrite", "verify", "checkpoint", "build")
 
 _EXAMPLES = """\
 examples:
@@ -33,6 +34,7 @@ examples:
   fptq-export model.gguf -o run/ --engine out.plan --max-ppl-increase 20%
   fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
+  fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
   fptq-export MODEL --engine out.plan --dry-run
 
@@ -87,6 +89,7 @@ def _add_verb(verbs: argparse._SubParsersAction[Any], verb: str, text: str) -> N
     _add_calibration_options(parser)
     _add_policy_options(parser)
     _add_verify_options(parser)
+    _add_checkpoint_options(parser)
     _add_build_options(parser)
     other = parser.add_argument_group("other")
     other.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing")
@@ -147,6 +150,21 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-windows", type=int, metavar="N", help="windows of held-out text [8]")
     group.add_argument("--eval-seq", type=int, metavar="TOKENS", help="tokens in a window [512]")
     group.add_argument("--decode-steps", type=int, metavar="N", help="greedy steps with the cache carried [16]")
+
+
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--checkpoint", metavar="DIR", help="where the compressed-tensors checkpoint goes")
+    group.add_argument(
+        "--checkpoint-format",
+        metavar="NAME",
+        help="int-quantized (a byte a code, what vLLM's W4A8 reads) or pack-quantized [int-quantized]",
+    )
+    group.add_argument(
+        "--checkpoint-per-token",
+        action=argparse.BooleanOptionalAction,
+        help="write every input as per-token: vLLM has no static W4A8 [as in the policy]",
+    )
 
 
 def _add_build_options(parser: argparse.ArgumentParser) -> None:

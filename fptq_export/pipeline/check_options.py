@@ -8,6 +8,7 @@ from fptq_export.build.memory_pools import mem_pools_from_option
 from fptq_export.build.targets import Target, check_target
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
+from fptq_export.pipeline.checkpoint import check_checkpoint_options
 from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.policy import read_policy
 
@@ -39,6 +40,10 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) 
         raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
     if replays(options):
         _check_replayed_policy(options)
+    if stages == ("interchange",) and options.checkpoint is None:
+        raise UserError("--checkpoint", "is missing", "say where the checkpoint goes: --checkpoint out/")
+    if "interchange" in stages:
+        check_checkpoint_options(options)
     if "build" in stages:
         _check_build(options, target, only_verb=stages == ("build",))
 

@@ -30,6 +30,8 @@ def print_plan(verb: str, options: RunOptions, console: Console) -> None:
     table.add_column("about", justify="right")
     expected = estimated_sizes(sizes, options)
     for stage in VERBS[verb]:
+        if stage == "interchange" and options.checkpoint is None:
+            continue
         if stage == "build" and (options.engine is None or target is Target.ONNX):
             continue
         name, size = expected[stage]
@@ -47,6 +49,7 @@ def estimated_sizes(sizes: ModelSizes, options: RunOptions) -> dict[str, tuple[s
     width = _BYTES[options.dtype]
     packed = int(sizes.quantized * (0.5 + 2 / options.group_size))
     small = packed + (sizes.parameters - sizes.quantized) * width
+    unpacked = options.checkpoint_format == "int-quantized"
     return {
         "load": ("", 0),
         "trace": (str(directory.model), sizes.parameters * width),
@@ -54,6 +57,7 @@ def estimated_sizes(sizes: ModelSizes, options: RunOptions) -> dict[str, tuple[s
         "policy": (str(directory.policy), packed),
         "rewrite": (str(directory.w4a8), small),
         "verify": (str(directory.verify), 0),
+        "interchange": (str(options.checkpoint), small + sizes.quantized // 2 if unpacked else small),
         "build": (str(options.engine), small),
         "package": (str(directory.path), 0),
     }

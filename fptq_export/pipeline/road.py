@@ -1,6 +1,6 @@
 """The one-way road, and the only module that knows its order.
 
-load -> trace -> calibrate -> policy -> rewrite -> verify -> build -> package
+load -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ROAD", "VERBS", "run_road"]
 
-ROAD = ("load", "trace", "calibrate", "policy", "rewrite", "verify", "build", "package")
+ROAD = ("load", "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
 VERBS: Mapping[str, tuple[str, ...]] = {
     "run": ROAD,
     "trace": ("load", "trace"),
     "calibrate": ("load", "calibrate", "policy"),
     "rewrite": ("rewrite",),
     "verify": ("verify",),
+    "checkpoint": ("interchange",),
     "build": ("build",),
 }
 """Stages each verb runs; a verb needs the files of the stages before its own."""
@@ -146,6 +147,8 @@ class _Road:
     @cached_property
     def _weight_files(self) -> tuple[Path, ...]:
         files = {entry.file for entry in self._checkpoint.tensors.values()}
+        if self._checkpoint.given is not None:
+            files.add(self._checkpoint.given.path)
         return (self._checkpoint.directory / "config.json", *sorted(files))
 
     @cached_property
@@ -308,6 +311,23 @@ class _Road:
             run,
         )
         check_gates(self._dir.verify, self._options.max_ppl_increase)
+
+    def _interchange(self) -> None:
+        from fptq_export.pipeline.checkpoint import write_run_as_checkpoint
+
+        target = self._options.checkpoint
+        if target is None:
+            self._runner.skip("interchange")
+            return
+        policy = (self._dir.policy, arrays_path(self._dir.policy))
+        copies = {path: target / path.name for path in self._tokenizer_files}
+        self._stage(
+            "interchange",
+            self._option_parts("dtype", "checkpoint_format", "checkpoint_per_token"),
+            (*policy, self._dir.sites, *self._weight_files, *copies),
+            (target / "model.safetensors", target / "config.json", *copies.values()),
+            lambda: write_run_as_checkpoint(self._checkpoint, self._sites, self._dir, self._options, copies),
+        )
 
     def _build(self) -> None:
         from fptq_export.pipeline.engine import build
