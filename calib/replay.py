@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 
 from calib.check_policy import policy_problems
 from calib.equalize import closed_form_scale
+from calib.given import GivenWeights
 from calib.hessians import HESSIANS_FILE
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.rule import RULE_REASON_START, tier_from_absmax
 from fptq_export.errors import UserError, UserErrors
-from fptq_export.policy import ArrayStream, LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, read_policy
+from fptq_export.policy import Activation, ArrayStream, LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Linear, Sites
 
@@ -53,7 +54,7 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     if problems:
         raise UserErrors(str(path), problems, "mend every entry listed above and run again")
     layers = {
-        name: _completed(layer, sites.linear(name), float(maxima[name].max()), policy.rule)
+        name: _completed(layer, sites.linear(name), float(maxima[name].max()), policy.rule, checkpoint.given)
         if layer.precision == "w4a8"
         else _float_layer(layer)
         for name, layer in policy.layers.items()
@@ -89,13 +90,20 @@ def _maxima_from_arrays(path: Path, sites: Sites) -> Mapping[str, NDArray[np.flo
     return maxima
 
 
-def _completed(layer: LayerPolicy, linear: Linear, measured: float, rule: Rule) -> LayerPolicy:
+def _completed(
+    layer: LayerPolicy, linear: Linear, measured: float, rule: Rule, given: GivenWeights | None
+) -> LayerPolicy:
     """Fill in what an edit left open: the closed-form scale, and who decided."""
     update: dict[str, Any] = {"input_absmax": measured}
     if layer.activation_scale is None and layer.activation != "per_token":
         update["activation_scale"] = closed_form_scale(measured, equalized=layer.activation == "lae_static")
-    activation, rule_reason = tier_from_absmax(measured, rule, linear)
-    if layer.activation != activation and layer.reason.startswith(RULE_REASON_START):
+    activation: Activation | None
+    if layer.weight_method == "given" and given is not None:
+        decided = given.layer_policy(linear, measured, rule)
+        activation, rule_reason = decided.activation, decided.reason
+    else:
+        activation, rule_reason = tier_from_absmax(measured, rule, linear)
+    if layer.activation != activation and layer.reason.startswith((RULE_REASON_START, rule_reason)):
         update["reason"] = f"{_BY_HAND} to {layer.activation}; by the rule: {rule_reason}"
     return layer.model_copy(update=update)
 

@@ -138,7 +138,7 @@ def _stray_problems(checkpoint: Checkpoint, sources: Mapping[str, LinearSource])
 
 def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
     files = {entry.file for entry in checkpoint.tensors.values()} | {checkpoint.directory / "config.json"}
-    return {file.name: sha256_from_file(file) for file in sorted(files)}
+    return {str(file.relative_to(checkpoint.directory)): sha256_from_file(file) for file in sorted(files)}
 
 
 def _copy_small_files(source: Path, directory: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from torch import nn
 
 from calib.interchange.columns import ColumnLayout, column_sources, validated
@@ -29,7 +29,9 @@ class _Config(BaseModel):
 
     bits: Literal[4]
     group_size: int = Field(default=128, ge=-1)
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    checkpoint_format: Literal["gptq", "gptq_v2"] = Field(
+        default="gptq", validation_alias=AliasChoices("checkpoint_format", "format")
+    )
     pack_dtype: Literal["int32"] = "int32"
     is_marlin_format: Literal[False] = False
     dynamic: dict[str, Any] | None = Field(default=None, max_length=0)

@@ -120,6 +120,14 @@ def test_given_weight_may_be_quantized_again_on_purpose(policy_file: Path, sites
     assert arrays[f"{Q}.weight_scales"].shape == (64, 4)
 
 
+def test_edited_tier_says_so(policy_file: Path, sites: Sites, gptq: Checkpoint) -> None:
+    """The reason of an edited layer names the person's choice and what would have been chosen."""
+    edit(policy_file, Q, activation="static")
+    policy, _ = replay(policy_file, sites, gptq)
+    assert policy.layers[Q].reason.startswith("set by hand to static; by the rule: max|x| 40")
+    assert policy.layers[Q].activation_scale == pytest.approx(40 / 127, rel=2.0**-24, abs=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

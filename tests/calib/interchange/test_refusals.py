@@ -158,6 +158,7 @@ def test_code_outside_int4_is_refused(decide: Decide, tmp_path: Path, read_back:
     [
         ("gptq", {"bits": 8}, "bits"),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format"),
+        ("gptq", {"checkpoint_format": None, "format": "gemm"}, "format"),
         ("gptq", {"group_size": 8}, "groups of 8 do not divide|is expected"),
         ("gptq", {"dynamic": {"-:lm_head": {}}}, "dynamic"),
         ("gptq", {"is_marlin_format": True}, "is_marlin_format"),
