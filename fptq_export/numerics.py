@@ -27,6 +27,7 @@ __all__ = [
     "dequantize_weight",
     "equalization_from_absmax",
     "equalized_absmax",
+    "integer_scales",
     "per_token_scale",
     "quantize_activation",
     "quantize_weight_rtn",
@@ -113,6 +114,28 @@ def dequantize_weight(codes: NDArray[np.integer], scale: NDArray[np.floating], g
     """Group scale x code in float64: codes [out, in], scale [out, in/group_size] -> [out, in]."""
     values = _grouped(codes.astype(np.float64), group_size) * scale.astype(np.float64)[..., None]
     return values.reshape(codes.shape)
+
+
+def integer_scales(scale: NDArray[np.float16]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Group scales as integers times the largest unit of each output channel, exactly.
+
+    A float16 is a multiple of 2^-24, so a row of them has a greatest common divisor. For the methods `two_level` and
+    `integer_scale` the integers are small; for any others they merely exist.
+
+    Args:
+        scale: float16 [out, groups], finite, none of them 0.
+
+    Returns:
+        Units, float64 [out], positive, and integers, int64 [out, groups], with scale = unit x integer.
+
+    Raises:
+        ValueError: A scale is 0 or not finite.
+    """
+    if not (np.isfinite(scale).all() and scale.all()):
+        raise ValueError("a scale is 0 or not finite")
+    multiples = (scale.astype(np.float64) * 2.0**24).astype(np.int64)
+    divisor = np.gcd.reduce(multiples, axis=1)
+    return divisor * 2.0**-24, multiples // divisor[:, None]
 
 
 def w4a8_linear(

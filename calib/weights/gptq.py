@@ -16,13 +16,13 @@ from calib.weights.problem import QuantizedWeight, WeightProblem
 from calib.weights.scales import group_weight, searched_scale
 from fptq_export.packing import INT4_MAX, INT4_MIN
 
-__all__ = ["DAMPING", "inverse_factor", "quantize_gptq"]
+__all__ = ["BLOCK", "DAMPING", "damped", "gptq_codes", "hessian_of", "inverse_factor", "quantize_gptq"]
 
 DAMPING = 0.01
 """Part of the mean of diag H that is added to the diagonal, as in the paper's code."""
 
 _MAX_DAMPING = 1.0
-_BLOCK = 128
+BLOCK = 128
 """Columns between two updates of everything behind them: one matrix product instead of 128 rank-one updates."""
 
 
@@ -32,17 +32,40 @@ def quantize_gptq(problem: WeightProblem) -> QuantizedWeight:
     Raises:
         ValueError: The Hessian is missing, or not even strong damping makes it positive definite (it holds NaN).
     """
+    importance = hessian_of(problem).diagonal().reshape(-1, problem.group_size)
+    groups = group_weight(problem.weight, problem.group_size)
+    scales = searched_scale(groups, importance, signed=problem.signed_scales)
+    return QuantizedWeight(gptq_codes(problem, scales), scales)
+
+
+def hessian_of(problem: WeightProblem) -> torch.Tensor:
+    """The Hessian. Raises ValueError if it is missing."""
     if problem.hessian is None:
         raise ValueError("gptq needs the Hessian of the input")
-    weight, group_size = problem.weight, problem.group_size
-    importance = problem.hessian.diagonal().reshape(-1, group_size)
-    scales = searched_scale(group_weight(weight, group_size), importance, signed=problem.signed_scales)
-    order = torch.argsort(problem.hessian.diagonal(), descending=True, stable=True)
-    column_scales = scales.to(torch.float32).repeat_interleave(group_size, dim=1)[:, order]
-    factor = inverse_factor(problem.hessian[order][:, order])
+    return problem.hessian
+
+
+def gptq_codes(problem: WeightProblem, scales: torch.Tensor) -> torch.Tensor:
+    """Codes with error feedback, for float16 group scales [out, in/group_size]: int8 [out, in].
+
+    Raises:
+        ValueError: As `quantize_gptq`.
+    """
+    weight, hessian = problem.weight, hessian_of(problem)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    column_scales = scales.to(torch.float32).repeat_interleave(problem.group_size, dim=1)[:, order]
+    factor = inverse_factor(hessian[order][:, order])
     codes = torch.empty(weight.shape, dtype=torch.int8)
     codes[:, order] = _codes_with_feedback(weight[:, order].clone(), column_scales, factor).to(torch.int8)
-    return QuantizedWeight(codes, scales)
+    return codes
+
+
+def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """H + damping x mean of diag H, on the diagonal; the identity for an input that was always zero. A copy."""
+    mean = hessian.diagonal().mean()
+    result = hessian.clone()
+    result.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return result
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -50,13 +73,10 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
     Damping grows tenfold until the Cholesky factorization succeeds. An input that was always zero gets the identity.
     """
-    mean = hessian.diagonal().mean()
     damping = DAMPING
     factor: torch.Tensor
     while damping <= _MAX_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
@@ -69,8 +89,8 @@ def _codes_with_feedback(weight: torch.Tensor, scales: torch.Tensor, factor: tor
     """Codes as float32 [out, in] for columns in the given order; `weight` is used up."""
     codes = torch.empty_like(weight)
     columns = weight.shape[1]
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
         errors = torch.empty(weight.shape[0], stop - start)
         for column in range(start, stop):
             code = (weight[:, column] / scales[:, column]).round().clamp(INT4_MIN, INT4_MAX)

@@ -6,9 +6,17 @@ import torch
 
 from fptq_export.packing import INT4_MAX, INT4_MIN
 
-__all__ = ["CLIP_RATIOS", "codes_from_scale", "full_scale", "group_weight", "searched_scale", "storable_scale"]
+__all__ = [
+    "CLIP_RATIOS",
+    "SMALLEST_SCALE",
+    "codes_from_scale",
+    "full_scale",
+    "group_weight",
+    "searched_scale",
+    "storable_scale",
+]
 
-_SMALLEST_SCALE = torch.finfo(torch.float16).tiny
+SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 """Magnitude of the scale of groups that are zero, or too small for a normal float16."""
 
 CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75, 0.7, 0.65, 0.6)
@@ -60,7 +68,7 @@ def searched_scale(groups: torch.Tensor, importance: torch.Tensor | None, *, sig
 def storable_scale(scale: torch.Tensor) -> torch.Tensor:
     """Round scales to the float16 that the kernel reads; their magnitude is never below the smallest normal one."""
     half = scale.to(torch.float16)
-    return torch.where(half.abs() < _SMALLEST_SCALE, torch.full_like(half, _SMALLEST_SCALE), half)
+    return torch.where(half.abs() < SMALLEST_SCALE, torch.full_like(half, SMALLEST_SCALE), half)
 
 
 def codes_from_scale(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

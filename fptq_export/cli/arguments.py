@@ -130,7 +130,9 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
     )
-    group.add_argument("--weight-method", metavar="NAME", help="rtn, mse or gptq [rtn]")
+    group.add_argument(
+        "--weight-method", metavar="NAME", help="rtn, mse, gptq, gptq+cd, two_level or integer_scale [rtn]"
+    )
     group.add_argument(
         "--signed-scales",
         action=argparse.BooleanOptionalAction,

@@ -137,7 +137,7 @@ def test_signed_scales_leave_less_error(method: WeightMethod) -> None:
     for signed in (False, True):
         got = quantize(method, weight, 32, signed=signed)
         error = numerics.dequantize_weight(got.codes.numpy(), got.scales.numpy(), 32) - weight.numpy()
-        metric = hessian if method == "gptq" else np.eye(256)
+        metric = hessian if WEIGHT_METHODS[method].needs_hessian else np.eye(256)
         errors.append(np.einsum("ij,jk,ik->", error, metric, error))
         assert bool((got.scales < 0).any()) is signed
     assert errors[1] < errors[0]

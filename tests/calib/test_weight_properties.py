@@ -1,0 +1,186 @@
+"""Every quantizer, on weights that models do have: zero rows, single outliers, denormals, huge values, wide inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.weights import WEIGHT_METHODS, QuantizedWeight, WeightProblem
+from calib.weights.gptq import gptq_codes, inverse_factor
+from calib.weights.rtn import quantize_rtn
+from fptq_export.policy import WeightMethod
+from tests.support.hessians import (
+    FLOAT32_UNIT,
+    correlated_hessian,
+    damped64,
+    objective_rounding,
+    row_errors,
+    row_objectives,
+)
+
+METHODS = tuple(WEIGHT_METHODS)
+NEED_HESSIAN = tuple(name for name, entry in WEIGHT_METHODS.items() if entry.needs_hessian)
+NEVER_WORSE_THAN_RTN: tuple[WeightMethod, ...] = ("gptq+cd",)
+GROUP = 16
+CHANNELS = (16, 32, 48, 128, 144, 576)
+KINDS = ("normal", "zero rows", "outlier", "denormal", "huge", "constant", "half zero")
+HALF_STEP = 0.5 + 2.0**-9
+"""Steps that a code of 8 bits or less may be off: half a step, and the float16 rounding of a scale moves the largest
+weight of at most 8 steps by 8 x 2^-11 of a step, less than the margin (float32 rounding of the quotient included)."""
+
+
+def drawn(kind: str, channels: int, seed: int) -> torch.Tensor:
+    """Four rows, float32; every scale fits float16."""
+    weight = torch.randn(4, channels, generator=torch.Generator().manual_seed(seed))
+    match kind:
+        case "zero rows":
+            weight[::2] = 0.0
+        case "outlier":
+            weight[1, seed % channels] = 3e5 if seed % 2 else -3e5
+        case "denormal":
+            weight *= 1e-40
+        case "huge":
+            weight *= 4e5 / weight.abs().max()
+        case "constant":
+            weight[:] = -0.37
+        case "half zero":
+            weight[:, : channels // 2] = 0.0
+    return weight
+
+
+def solved(
+    method: WeightMethod, kind: str, channels: int, seed: int, *, signed: bool
+) -> tuple[WeightProblem, QuantizedWeight]:
+    problem = WeightProblem(
+        drawn(kind, channels, seed), GROUP, correlated_hessian(channels, seed % 8, low_rank=True), signed
+    )
+    return problem, WEIGHT_METHODS[method].quantize(problem)
+
+
+cases = given(
+    kind=st.sampled_from(KINDS), channels=st.sampled_from(CHANNELS), seed=st.integers(0, 2**16), signed=st.booleans()
+)
+
+
+def check_form(problem: WeightProblem, got: QuantizedWeight) -> None:
+    out, channels = problem.weight.shape
+    assert (got.codes.dtype, tuple(got.codes.shape)) == (torch.int8, (out, channels))
+    assert (got.scales.dtype, tuple(got.scales.shape)) == (torch.float16, (out, channels // GROUP))
+    assert int(got.codes.min()) >= -8
+    assert int(got.codes.max()) <= 7
+    assert got.scales.isfinite().all()
+    assert (got.scales.abs() >= torch.finfo(torch.float16).tiny).all()
+    assert problem.signed_scales or (got.scales > 0).all()
+    nothing = (problem.weight == 0.0).all(dim=1)
+    assert got.codes[nothing].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@cases
+@settings(max_examples=30)
+def test_codes_and_scales_can_be_stored(
+    method: WeightMethod, *, kind: str, channels: int, seed: int, signed: bool
+) -> None:
+    """Codes are INT4; scales are normal float16 of the allowed sign; a row of zeros stays zero."""
+    check_form(*solved(method, kind, channels, seed, signed=signed))
+
+
+@cases
+def test_rtn_is_off_by_half_a_step(*, kind: str, channels: int, seed: int, signed: bool) -> None:
+    """Weight by weight; with signed scales a weight of 8 steps on the side of code 7 clips, and is off by one."""
+    problem, got = solved("rtn", kind, channels, seed, signed=signed)
+    steps = got.scales.abs().double().repeat_interleave(GROUP, dim=1).numpy()
+    assert (np.abs(row_errors(problem.weight, got, GROUP)) <= (HALF_STEP + (0.5 if signed else 0.0)) * steps).all()
+
+
+@cases
+def test_mse_is_within_the_bound_of_rtn(*, kind: str, channels: int, seed: int, signed: bool) -> None:
+    """Group by group the squared error is at most that of half a step of unsigned `rtn` for every weight."""
+    problem, got = solved("mse", kind, channels, seed, signed=signed)
+    plain = quantize_rtn(WeightProblem(problem.weight, GROUP))
+    squares = np.square(row_errors(problem.weight, got, GROUP)).reshape(len(problem.weight), -1, GROUP).sum(axis=-1)
+    assert (squares <= GROUP * np.square(HALF_STEP * plain.scales.double().numpy())).all()
+
+
+@pytest.mark.parametrize("method", NEVER_WORSE_THAN_RTN)
+@cases
+@settings(max_examples=40)
+def test_objective_is_never_above_that_of_rtn(
+    method: WeightMethod, *, kind: str, channels: int, seed: int, signed: bool
+) -> None:
+    """Row by row e H e^T, up to the rounding of the two float32 evaluations that were compared."""
+    problem, got = solved(method, kind, channels, seed, signed=signed)
+    assert problem.hessian is not None
+    metric = damped64(problem.hessian)
+    plain, better = (row_errors(problem.weight, quantized, GROUP) for quantized in (quantize_rtn(problem), got))
+    allowed = sum(objective_rounding(problem.weight, error, metric) for error in (plain, better))
+    assert (row_objectives(better, metric) <= row_objectives(plain, metric) + allowed).all()
+
+
+@pytest.mark.parametrize("method", ["two_level", "integer_scale"])
+@cases
+@settings(max_examples=30)
+def test_objective_is_never_above_that_of_rounding_on_the_grid(
+    method: WeightMethod, *, kind: str, channels: int, seed: int, signed: bool
+) -> None:
+    """Row by row e H e^T is at most |e| |H| |e| for the errors of rounding, which are at most half the largest weight.
+
+    With M the largest weight of the row and m that of a group: a searched scale is at least 0.6 m / 7, a unit at most
+    M / 42 or 2^-14, and a scale of the grid at most half a unit from the searched one. So 7 codes reach at least
+    0.6 m - M / 12 - 2^-12, and what clips is off by at most 0.484 M + 2^-12; half a step is less than that. The margin
+    up to 0.5 is above the rounding of the float32 evaluations.
+    """
+    problem, got = solved(method, kind, channels, seed, signed=signed)
+    assert problem.hessian is not None
+    metric = damped64(problem.hessian)
+    largest = problem.weight.abs().amax(dim=1, keepdim=True).double().numpy()
+    step = np.repeat(0.5 * largest + 2.0**-12, problem.weight.shape[1], axis=1)
+    objective = row_objectives(row_errors(problem.weight, got, GROUP), metric)
+    assert (objective <= row_objectives(step, np.abs(metric))).all()
+
+
+@given(channels=st.sampled_from(CHANNELS), seed=st.integers(0, 2**16))
+@settings(max_examples=40)
+def test_feedback_is_within_the_bound_of_rtn(*, channels: int, seed: int) -> None:
+    """`gptq` may lose to `rtn` where codes clip. Where none does, e H e^T = sum of (rounding error_j / U_jj)^2.
+
+    Rounding errors are half a step, and 1 / U_jj^2 is at most H_jj. Scales of twice the size keep codes from clipping.
+    Rows where one did all the same say nothing and are left out. The factor is float32: its square is good to
+    8 n u cond(H).
+    """
+    hessian = correlated_hessian(channels, seed % 8, low_rank=True)
+    problem = WeightProblem(drawn("normal", channels, seed), GROUP, hessian)
+    scales = quantize_rtn(problem).scales * 2
+    codes = gptq_codes(problem, scales)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    metric = damped64(hessian)
+    steps = scales.double().repeat_interleave(GROUP, dim=1).numpy()
+    bound = np.square(HALF_STEP * steps[:, order] / inverse_factor(hessian[order][:, order]).diagonal().numpy()).sum(
+        axis=1
+    )
+    slack = 1 + 8 * channels * FLOAT32_UNIT * np.linalg.cond(metric)
+    free = ((codes > -8) & (codes < 7)).all(dim=1).numpy()
+    objective = row_objectives(row_errors(problem.weight, QuantizedWeight(codes, scales), GROUP), metric)
+    assert free.any()
+    assert (objective[free] <= bound[free] * slack).all()
+    assert (bound <= row_objectives(HALF_STEP * steps, np.diag(metric.diagonal())) * slack).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["outlier", "denormal", "huge"])
+def test_wide_inputs(method: WeightMethod, kind: str) -> None:
+    """The form holds for 128 groups a row, and for 688 where no matrix of 11008^2 has to be factored."""
+    channels = 2048 if method in NEED_HESSIAN else 11008
+    hessian = correlated_hessian(channels, 0, low_rank=True) if method in NEED_HESSIAN else None
+    problem = WeightProblem(drawn(kind, channels, 7), GROUP, hessian, signed_scales=True)
+    check_form(problem, WEIGHT_METHODS[method].quantize(problem))
+
+
+@pytest.mark.slow
+def test_widest_input_with_a_hessian() -> None:
+    """11008 channels in 688 groups: factorization, feedback, scales and codes at the width of a 7B down_proj."""
+    problem = WeightProblem(drawn("outlier", 11008, 3), GROUP, correlated_hessian(11008, 0, low_rank=True), True)
+    check_form(problem, WEIGHT_METHODS["gptq+cd"].quantize(problem))

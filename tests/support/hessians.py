@@ -1,0 +1,72 @@
+"""Hessians and objectives for tests of weight methods, in float64 where something is measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calib.weights import QuantizedWeight
+from calib.weights.gptq import DAMPING
+from fptq_export import numerics
+
+FLOAT32_UNIT = 2.0**-24
+"""Largest relative error of one float32 rounding."""
+
+
+def correlated_hessian(channels: int, seed: int, *, low_rank: bool = False) -> torch.Tensor:
+    """Mean of x x^T over tokens with correlated channels: float32 [channels, channels].
+
+    Args:
+        channels: Size.
+        seed: Of the draw.
+        low_rank: A diagonal and 16 directions, which is fast to make at any size.
+    """
+    rng = np.random.default_rng(seed)
+    if low_rank:
+        directions = rng.standard_normal((channels, 16)).astype(np.float32)
+        hessian = torch.from_numpy(directions @ directions.T)
+        hessian.diagonal().add_(torch.from_numpy(rng.uniform(0.5, 2.0, channels).astype(np.float32)))
+        return hessian
+    mix = rng.standard_normal((channels, channels)) + 2 * np.eye(channels)
+    x = rng.standard_normal((8 * channels, channels)) @ mix
+    return torch.from_numpy((x.T @ x / len(x)).astype(np.float32))
+
+
+def damped64(hessian: torch.Tensor) -> NDArray[np.float64]:
+    """The Hessian of the objective, damped as the methods do it."""
+    result: NDArray[np.float64] = hessian.double().numpy().copy()
+    mean = result.diagonal().mean()
+    result[np.diag_indices_from(result)] += DAMPING * mean if mean > 0 else 1.0
+    return result
+
+
+def row_errors(weight: torch.Tensor, quantized: QuantizedWeight, group_size: int) -> NDArray[np.float64]:
+    """Code x scale - weight: [out, in]."""
+    codes, scales = quantized.codes.numpy(), quantized.scales.numpy()
+    error: NDArray[np.float64] = numerics.dequantize_weight(codes, scales, group_size) - weight.double().numpy()
+    return error
+
+
+def row_objectives(error: NDArray[np.float64], hessian: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row by row e H e^T: [out]."""
+    objectives: NDArray[np.float64] = ((error @ hessian) * error).sum(axis=1)
+    return objectives
+
+
+def objective_rounding(
+    weight: torch.Tensor, error: NDArray[np.float64], hessian: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """How far a float32 evaluation of e H e^T may be from the truth, row by row: [out].
+
+    e is rounded twice (product and difference), by at most u (2|w| + 2|e|) in all. The two inner products of length n
+    and their products add at most (2n + 2) u |e| |H| |e|^T (Higham, Accuracy and Stability, 3.5), and the damped
+    diagonal of H 2u of it.
+    """
+    magnitude = np.abs(error)
+    of_error = FLOAT32_UNIT * (2 * np.abs(weight.double().numpy()) + 2 * magnitude)
+    spread = np.abs(hessian)
+    terms = (2 * len(hessian) + 4) * FLOAT32_UNIT * ((magnitude @ spread) * magnitude).sum(axis=1)
+    bound: NDArray[np.float64] = terms + 2 * ((magnitude @ spread) * of_error).sum(axis=1)
+    bound += ((of_error @ spread) * of_error).sum(axis=1)
+    return bound
