@@ -18,7 +18,16 @@ from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.rule import RULE_REASON_START, tier_from_absmax
 from fptq_export.errors import UserError, UserErrors
-from fptq_export.policy import Activation, ArrayStream, LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, read_policy
+from fptq_export.policy import (
+    Activation,
+    ArrayStream,
+    LayerPolicy,
+    Policy,
+    PolicyArrays,
+    Rule,
+    arrays_path,
+    read_policy,
+)
 from fptq_export.progress import Progress
 from fptq_export.sites import Linear, Sites
 

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fptq_export import __version__
 from fptq_export.build.targets import module_name, target_from_option
-from fptq_export.errors import UserError
 from fptq_export.files import remove_partial_files, write_json_model
 from fptq_export.graph_io import data_path
 from fptq_export.options import RunOptions
@@ -28,6 +25,7 @@ from fptq_export.pipeline.environment import environment, library_versions
 from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
+from fptq_export.pipeline.tokenizer_files import tokenizer_files
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
@@ -54,15 +52,6 @@ _GRAPH_DTYPES: Mapping[str, Literal["float16", "bfloat16", "float32"]] = {
     "bf16": "bfloat16",
     "fp32": "float32",
 }
-_TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 def run_road(verb: str, options: RunOptions, command: str, console: Console, progress: Progress) -> Manifest:
@@ -84,7 +73,7 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
         PrecisionError: A graph or engine does not run what the policy says.
     """
     directory = RunDirectory(options.output)
-    with _locked(directory.path):
+    with directory.locked():
         remove_partial_files(directory.path)
         runner = StageRunner(directory.path, _manifest(options, command), console)
         write_manifest(runner.manifest, directory.path)
@@ -93,18 +82,6 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
         for name in VERBS[verb]:
             road.stages[name]()
     return runner.manifest
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One run at a time in a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(directory / ".lock", blocking=False).acquire()
-    except Timeout:
-        raise UserError(str(directory), "another run is working here", "wait for it, or choose another -o") from None
-    with lock:
-        yield
 
 
 def _manifest(options: RunOptions, command: str) -> Manifest:
@@ -153,9 +130,7 @@ class _Road:
 
     @cached_property
     def _tokenizer_files(self) -> tuple[Path, ...]:
-        directory = self._checkpoint.directory
-        found = {path for pattern in _TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
-        return tuple(sorted(path for path in found if path.suffix != ".safetensors"))
+        return tokenizer_files(self._checkpoint.directory)
 
     @cached_property
     def _sites(self) -> Sites:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fptq_export.errors import UserError
 
 __all__ = ["RunDirectory"]
 
@@ -58,3 +64,19 @@ class RunDirectory:
     def build_log(self) -> Path:
         """TensorRT's verbose log, which the layer check reads."""
         return self.path / "build.log"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One run at a time; the directory is created.
+
+        Raises:
+            UserError: Another run works here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.path / ".lock", blocking=False).acquire()
+        except Timeout:
+            cause = "another run is working here"
+            raise UserError(str(self.path), cause, "wait for it, or choose another -o") from None
+        with lock:
+            yield

@@ -65,7 +65,8 @@ def edit(file: Path, path: str, **changes: Any) -> None:
 
 
 def replay(file: Path, sites: Sites, checkpoint: Checkpoint) -> tuple[Policy, dict[str, Any]]:
-    return replay_policy(file, sites, checkpoint, NoProgress())
+    policy, arrays = replay_policy(file, sites, checkpoint, NoProgress())
+    return policy, arrays.read_all()
 
 
 def test_rule_adds_activations_without_equalizing(policy_file: Path) -> None:
@@ -82,7 +83,7 @@ def test_excluded_layer_stays_float(gptq: Checkpoint, sites: Sites, stats: Stats
     """--exclude works on a quantized checkpoint too: the layer runs its dequantized weight."""
     policy, arrays = decide_policy(sites, stats, gptq, PolicyOptions(exclude=("q_proj",)), NoProgress())
     assert policy.layers[Q].precision == "float"
-    assert f"{Q}.weight_codes" not in arrays
+    assert f"{Q}.weight_codes" not in arrays.specs
 
 
 def test_layer_without_codes_stays_float(

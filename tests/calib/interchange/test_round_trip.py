@@ -53,9 +53,10 @@ def test_policy_of_the_written_checkpoint_runs_the_same(
     """Tiers come back, `lae_static` as `static`: its equalization is in the weights now."""
     decided = decide(family, "mixed")
     back = read_back(decided.write(tmp_path / "out"))
-    policy, arrays = decide_policy(
+    policy, stream = decide_policy(
         decided.sites, Stats(decided.maxima, 48, "test"), back, PolicyOptions(), NoProgress()
     )
+    arrays = stream.read_all()
     assert policy.quantized().keys() == decided.policy.quantized().keys()
     for path, layer in decided.policy.quantized().items():
         now = policy.layers[path]
