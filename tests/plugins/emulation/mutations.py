@@ -47,7 +47,7 @@ MUTATIONS = (
         "reinterpret_cast<int*>(scratch) + kMaxWarps",
         "reinterpret_cast<int*>(scratch)",
     ),
-    Mutation("no barrier after quantizing (GEMV)", GEMV, "  sync_block();\n\n  int sums", "  int sums"),
+    Mutation("no barrier after quantizing (GEMV)", GEMV, "  sync_block();\n\n  /* INT32:", "  /* INT32:"),
     Mutation(
         "no barrier before adding the warps (GEMV)",
         GEMV,
