@@ -22,7 +22,15 @@ from fptq_export.files import atomic_path
 
 __all__ = ["TensorSpec", "TensorWriter", "tensor_writer"]
 
-_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
+_DTYPE_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",  # ml_dtypes
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+}
 _ALIGNMENT = 8
 
 
@@ -75,7 +83,9 @@ class TensorWriter:
 
 
 @contextmanager
-def tensor_writer(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[TensorWriter]:
+def tensor_writer(
+    path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorWriter]:
     """Open a file; it appears under its name when the block ends and every tensor came.
 
     Equal specs and values give equal bytes, in whatever order the tensors are written.
@@ -83,6 +93,7 @@ def tensor_writer(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[Tenso
     Args:
         path: Where the file goes.
         specs: Every tensor of the file.
+        metadata: Words that the file carries.
 
     Raises:
         ValueError: A tensor that was announced never came.
@@ -91,14 +102,16 @@ def tensor_writer(path: Path, specs: Mapping[str, TensorSpec]) -> Iterator[Tenso
     order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     ends = list(accumulate(specs[name].nbytes for name in order))
     begins = [0, *ends][: len(order)]
-    header = json.dumps({
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    entries.update({
         name: {
             "dtype": _DTYPE_NAMES[specs[name].dtype.name],
             "shape": list(specs[name].shape),
             "data_offsets": [begin, end],
         }
         for name, begin, end in zip(order, begins, ends, strict=True)
-    }, ensure_ascii=False).encode()  # fmt: skip
+    })  # fmt: skip
+    header = json.dumps(entries, ensure_ascii=False).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     start = 8 + len(header)
     with atomic_path(path) as partial:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fptq_export.tensor_writer import TensorSpec, tensor_writer
@@ -56,6 +57,14 @@ def test_any_mixture_of_types_and_shapes_is_readable(
     arrays = load_file(path)
     for index, (name, spec) in enumerate(specs.items()):
         np.testing.assert_array_equal(arrays[name], values_from_spec(spec, index))
+
+
+def test_metadata_is_carried(tmp_path: Path) -> None:
+    """Libraries look there for the framework that wrote the file."""
+    with tensor_writer(tmp_path / "file", {}, {"format": "pt", "wörd": "ü"}):
+        pass
+    with safe_open(tmp_path / "file", framework="np") as file:
+        assert file.metadata() == {"format": "pt", "wörd": "ü"}
 
 
 def test_order_of_writing_does_not_show(tmp_path: Path) -> None:

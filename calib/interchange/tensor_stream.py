@@ -1,32 +1,20 @@
-"""Write a safetensors file tensor by tensor: memory does not follow the size of the file.
-
-Format: 8 bytes little-endian length, that many bytes of JSON, then the tensors one after another.
-"""
+"""Write the tensors of a torch checkpoint one at a time: memory does not follow the size of the file."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fptq_export.files import atomic_path
+from fptq_export import tensor_writer
 
 __all__ = ["TensorSpec", "write_tensors"]
-
-_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
 
 
 @dataclass(frozen=True)
@@ -38,29 +26,25 @@ class TensorSpec:
     read: Callable[[], torch.Tensor]
     """Gives it when its turn comes."""
 
-    @property
-    def bytes(self) -> int:
-        """Size in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 def write_tensors(specs: Mapping[str, TensorSpec], path: Path) -> None:
-    """Write the file in one step; tensors are read in order of their size of element, which keeps them aligned.
+    """Write a safetensors file in one step; tensors are read one after another.
 
     Raises:
         ValueError: A tensor is not what its spec says.
     """
-    ordered = sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize)
-    ends = list(accumulate(spec.bytes for _, spec in ordered))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for (name, spec), begin, end in zip(ordered, [0, *ends], ends, strict=False):
-        entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    with atomic_path(path) as partial, partial.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name, spec in ordered:
-            tensor = spec.read()
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what its spec says")
-            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+    announced = {
+        name: tensor_writer.TensorSpec(_array_from_tensor(torch.empty(0, dtype=spec.dtype)).dtype, spec.shape)
+        for name, spec in specs.items()
+    }
+    with tensor_writer.tensor_writer(path, announced, {"format": "pt"}) as writer:
+        for name, spec in specs.items():
+            writer.write(name, _array_from_tensor(spec.read()))
+
+
+def _array_from_tensor(tensor: torch.Tensor) -> NDArray[Any]:
+    """The same memory; numpy alone has no bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.dtype(ml_dtypes.bfloat16))
+    array: NDArray[Any] = tensor.numpy()
+    return array
