@@ -66,6 +66,7 @@ class TensorWriter:
 
         Raises:
             ValueError: It has another type or shape than was announced, or was written before.
+            OSError: With the cause, a full disk among them.
         """
         spec = self._specs[name]
         if (values.dtype, values.shape) != (spec.dtype, spec.shape):
@@ -73,7 +74,9 @@ class TensorWriter:
         if name not in self._missing:
             raise ValueError(f"{name}: written twice")
         self._file.seek(self._offsets[name])
-        np.ascontiguousarray(values).tofile(self._file)
+        # Not numpy's tofile: its error for a full disk does not say that the disk is full.
+        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        self._file.flush()
         self._missing.remove(name)
 
     def check_complete(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fptq_export.tensor_writer import TensorSpec, tensor_writer
+from fptq_export.tensor_writer import TensorSpec, TensorWriter, tensor_writer
 
 SPECS = {
     "codes": TensorSpec.of("uint8", 3, 5),
@@ -110,6 +111,14 @@ def test_file_that_lacks_a_tensor_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 tensors were not written, among them codes"):
         write(tmp_path / "file", ["scales", "ü"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_called_by_its_name() -> None:
+    """The command line turns this error into words; one without its number would look like a bug of ours."""
+    spec = TensorSpec.of("float32", 1 << 20)
+    with pytest.raises(OSError, match="No space left") as error, Path("/dev/full").open("wb", buffering=0) as file:
+        TensorWriter(file, {"t": spec}, {"t": 0}).write("t", np.zeros(spec.shape, np.float32))
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:

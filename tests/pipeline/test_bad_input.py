@@ -153,11 +153,11 @@ def test_a_full_disk_is_reported_and_the_run_resumes(
         return write(tensors, base, name, *args, **options)
 
     def full_policy(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", target)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ir.external_data, "convert_tensors_to_external", full)
     if target == "policy.safetensors":
-        monkeypatch.setattr("fptq_export.policy.save_file", full_policy)
+        monkeypatch.setattr("fptq_export.tensor_writer.TensorWriter.write", full_policy)
     outcome = command(tiny_llama_dir, "-o", run, *SMALL)
     assert_user_error(outcome, "disk is full")
     assert not (run / target).exists()
