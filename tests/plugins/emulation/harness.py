@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,14 +129,24 @@ def run(command: Sequence[str]) -> None:
 
 
 def cached_library(cache: Path) -> Path:
-    """The library of the sources as they are now; built again only when one of them changes."""
+    """The library of the sources as they are now; built again only when one of them changes.
+
+    Two test runs may build it at the same time: each in a folder of its own, and the first one stays.
+    """
     plugins = ROOT / "plugins"
     files = [plugins / "src" / name for name in SOURCES]
     files += sorted([*plugins.glob("src/*.h"), *plugins.glob("src/*.cuh"), *plugins.glob("include/fptq/*.h")])
     files += [HERE / "cuda_emulation.h", HERE / "cuda_emulation.cpp"]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     library = cache / f"emulation-{digest}" / "libfptq_emulation.so"
-    return library if library.exists() else build(library.parent)
+    if not library.exists():
+        partial = library.parent.with_name(f"{library.parent.name}.{os.getpid()}")
+        build(partial)
+        try:
+            partial.rename(library.parent)
+        except OSError:
+            shutil.rmtree(partial)
+    return library
 
 
 def aligned_copy(array: NDArray[Any], extra: int = 0) -> NDArray[Any]:
