@@ -12,7 +12,7 @@ from calib.equalize import closed_form_scale
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.replay import replay_policy
-from calib.rule import tier_from_absmax
+from calib.rule import float_layer, tier_from_absmax
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
@@ -83,7 +83,7 @@ def decide_policy(
     rule = Rule(v0=options.v0, v1=options.v1)
     excluded = excluded_paths([linear.path for linear in sites.linears], options.exclude)
     layers = {
-        linear.path: _float_layer(linear, f"excluded by {excluded[linear.path]!r}: keeps the float precision")
+        linear.path: float_layer(linear, f"excluded by {excluded[linear.path]!r}: keeps the float precision")
         if linear.path in excluded
         else checkpoint.given.layer_policy(linear, _site_absmax(linear, sites, stats, excluded), rule)
         if checkpoint.given is not None
@@ -138,7 +138,7 @@ def _layer_policy(linear: Linear, absmax: float, rule: Rule, options: PolicyOpti
     group_size = group_size_for(linear.in_features, options.group_size)
     if group_size is None:
         tried = ", ".join(str(size) for size in GROUP_SIZES if size <= options.group_size)
-        return _float_layer(
+        return float_layer(
             linear, f"no group size of {tried} divides its {linear.in_features} inputs: keeps the float precision"
         )
     activation, reason = tier_from_absmax(absmax, rule, linear)
@@ -156,16 +156,5 @@ def _layer_policy(linear: Linear, absmax: float, rule: Rule, options: PolicyOpti
         group_size=group_size,
         weight_method=options.weight_method,
         signed_scales=options.signed_scales,
-        site=linear.site,
-    )
-
-
-def _float_layer(linear: Linear, reason: str) -> LayerPolicy:
-    return LayerPolicy(
-        precision="float",
-        activation=None,
-        reason=reason,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
         site=linear.site,
     )

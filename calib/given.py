@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from safetensors import safe_open
 
 from calib.equalize import closed_form_scale
-from calib.rule import RULE_REASON_START, tier_from_absmax
+from calib.rule import RULE_REASON_START, float_layer, tier_from_absmax
 from fptq_export.errors import UserError
 from fptq_export.policy import Activation, LayerPolicy, Rule
 from fptq_export.sites import Linear
@@ -96,14 +96,7 @@ class GivenWeights:
         layer = self.layers.get(linear.path)
         if layer is None:
             reason = f"the {self.format} checkpoint holds no INT4 codes for it: keeps the float precision"
-            return LayerPolicy(
-                precision="float",
-                activation=None,
-                reason=reason,
-                in_features=linear.in_features,
-                out_features=linear.out_features,
-                site=linear.site,
-            )
+            return float_layer(linear, reason)
         activation, scale, reason = self._activation(layer, linear, absmax, rule)
         return LayerPolicy(
             precision="w4a8",

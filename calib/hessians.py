@@ -61,7 +61,7 @@ class Hessians:
         UserError: The file is missing or damaged.
     """
 
-    HINT = "calibrate with the weight method that needs it: --weight-method gptq"
+    HINT = "calibrate with the weight method of the layer, e.g. --weight-method gptq"
 
     def __init__(self, path: Path, sites: Sites) -> None:
         self._path = path

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fptq_export.policy import Activation, Rule
+from fptq_export.policy import Activation, LayerPolicy, Rule
 from fptq_export.sites import Linear
 
-__all__ = ["RULE_REASON_START", "tier_from_absmax"]
+__all__ = ["RULE_REASON_START", "float_layer", "tier_from_absmax"]
 
 RULE_REASON_START = "max|x|"
 """Every reason that the rule gives starts with this, so a replay can tell it from a person's words."""
@@ -31,3 +31,15 @@ def tier_from_absmax(absmax: float, rule: Rule, linear: Linear) -> tuple[Activat
     if linear.site is None:
         return "per_token", f"{between}, but no fold site ({linear.no_site_reason}): one INT8 scale a token"
     return "lae_static", f"{between}: equalized at {linear.site}, then one INT8 scale"
+
+
+def float_layer(linear: Linear, reason: str) -> LayerPolicy:
+    """The entry of a linear that keeps the float precision, and why."""
+    return LayerPolicy(
+        precision="float",
+        activation=None,
+        reason=reason,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        site=linear.site,
+    )

@@ -70,7 +70,6 @@ class BlockStream:
 
     def load_block(self, index: int) -> nn.Module:
         """One block in float32, a copy of its own."""
-        assert self.path is not None
         block: nn.Module = copy.deepcopy(_blocks(self._load(), self.path)[index])
         return block.to(torch.float32)
 
@@ -94,15 +93,14 @@ class BlockStream:
         """
         model = self._load()
         body = self._outside_in_float32(model)
-        batch = 0
-        if self.path is not None:
-            for index, block in enumerate(_blocks(model, self.path)):
-                last = index == self.count - 1
-                block.forward = lambda *args, _last=last, **kwargs: self._as_output(
-                    self._hidden[batch] if _last else _hidden_from_arguments(args, kwargs)
-                )
+        blocks = _blocks(model, self.path)
+        for block in blocks[:-1]:
+            block.forward = lambda *args, **kwargs: self._as_output(_hidden_from_arguments(args, kwargs))
+        if blocks:
+            outputs = iter(self._hidden)  # one for each batch, in the order they run
+            blocks[-1].forward = lambda *_args, **_kwargs: self._as_output(next(outputs))
         prepare(model)
-        for batch, ids in enumerate(self._batches):  # noqa: B007 (the blocks above read it)
+        for ids in self._batches:
             _run_body(body, ids)
 
     def _record(self, model: PreTrainedModel) -> None:
@@ -134,9 +132,8 @@ class BlockStream:
     def _outside_in_float32(self, model: PreTrainedModel) -> nn.Module:
         """The part of the model that runs, with its blocks emptied and everything else in float32."""
         body = model if self._head else model.base_model
-        if self.path is not None:
-            for block in _blocks(model, self.path):
-                block.to("meta")
+        for block in _blocks(model, self.path):
+            block.to("meta")
         return body.to(torch.float32)
 
 

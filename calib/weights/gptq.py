@@ -5,7 +5,7 @@ error when the later columns move by -e_j / U_jj x U_j, where U^T U = H^-1 and U
 
 Scales are fixed before the first column ("static groups"), so columns can be taken in order of decreasing H_jj ("act
 order") while groups stay contiguous channels: no other order can be stored in an ONNX file. The scale of a group is the
-one whose rounding error, weighted by diag H, is least. On SmolLM2 that is worth more than the feedback itself.
+one whose rounding error, weighted by diag H, is least.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def gptq_codes(problem: WeightProblem, scales: torch.Tensor) -> torch.Tensor:
     """
     weight, hessian = problem.weight, hessian_of(problem)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    column_scales = scales.to(torch.float32).repeat_interleave(problem.group_size, dim=1)[:, order]
+    column_scales = scales.to(weight.dtype).repeat_interleave(problem.group_size, dim=1)[:, order]
     factor = inverse_factor(hessian[order][:, order])
     codes = torch.empty(weight.shape, dtype=torch.int8)
     codes[:, order] = _codes_with_feedback(weight[:, order].clone(), column_scales, factor).to(torch.int8)
@@ -86,12 +86,12 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _codes_with_feedback(weight: torch.Tensor, scales: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Codes as float32 [out, in] for columns in the given order; `weight` is used up."""
+    """Codes as floats [out, in] for columns in the given order; `weight` is used up."""
     codes = torch.empty_like(weight)
     columns = weight.shape[1]
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.empty(weight.shape[0], stop - start)
+        errors = torch.empty(weight.shape[0], stop - start, dtype=weight.dtype)
         for column in range(start, stop):
             code = (weight[:, column] / scales[:, column]).round().clamp(INT4_MIN, INT4_MAX)
             codes[:, column] = code

@@ -148,19 +148,14 @@ def check_layers(
             what must run it, and every INT4 constant that belongs to no linear of the policy.
     """
     plugin, fused = plugin or {}, fused or {}
-    problems: list[str] = []
     holders: dict[str, list[EngineLayer]] = {path: [] for path in quantized}
+    problems: list[str] = []
     for layer in layers:
-        if not layer.int4_codes:
-            continue
-        owners = _owners(layer, quantized)
-        for path in owners:
-            holders[path].append(layer)
-        expected = sum(quantized[path] for path in owners)
-        if layer.int4_codes != expected:
-            whose = ", ".join(owners) or "no linear of the policy"
-            problems.append(f"{whose}: layer {layer.name} holds {layer.int4_codes} INT4 codes, {expected} expected")
-        problems += _unpacking_problems(layer, owners, layers)
+        if layer.int4_codes:
+            owners = _owners(layer, quantized)
+            for path in owners:
+                holders[path].append(layer)
+            problems += [*_size_problems(layer, owners, quantized), *_unpacking_problems(layer, owners, layers)]
     for path, found in holders.items():
         if not found:
             problems.append(f"{path}: no layer holds its INT4 codes; {_where_instead(path, layers)}")
@@ -226,6 +221,15 @@ def _paths(nodes: Iterable[str], operator: re.Pattern[str]) -> list[str]:
 
 def _names_matmul(layer: EngineLayer, path: str) -> bool:
     return path in _paths(layer.onnx_nodes, _MATMUL)
+
+
+def _size_problems(layer: EngineLayer, owners: Sequence[str], quantized: Mapping[str, int]) -> list[str]:
+    """INT4 codes that are not those of the layer's linears."""
+    expected = sum(quantized[path] for path in owners)
+    if layer.int4_codes == expected:
+        return []
+    whose = ", ".join(owners) or "no linear of the policy"
+    return [f"{whose}: layer {layer.name} holds {layer.int4_codes} INT4 codes, {expected} expected"]
 
 
 def _plugin_problems(layer: EngineLayer, path: str, operator: str | None) -> list[str]:

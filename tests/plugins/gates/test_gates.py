@@ -109,8 +109,11 @@ def test_flags_are_those_of_the_build() -> None:
     assert [flag for flag in COMPILE_FLAGS if flag not in by_build_type and flag not in cmake] == []
 
 
-@pytest.mark.parametrize("group_size", [128, 64])
-def test_budgets_of_large_tiles_do_not_depend_on_the_tile(group_size: int) -> None:
-    """The derived budgets of small tiles never loosen those of the tiles for long prompts."""
-    large = [kernels.GemmKernel(128, 128, 64, n, 4, "two_level", group_size) for n in (32, 64)]
-    assert [budget(kernel) for kernel in large] == [3.0, 3.0]
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "expected"),
+    [("per_channel", 0, 2.2), ("group", 128, 5.2), ("group", 64, 8.8), ("two_level", 128, 3.0), ("two_level", 64, 3.0)],
+)
+def test_budgets_of_large_tiles_are_those_promised(scheme: str, group_size: int, expected: float) -> None:
+    """The derived budgets of small tiles never loosen those of the tiles for long prompts, whatever their width."""
+    large = [kernels.GemmKernel(128, 128, 64, n, 4, scheme, group_size) for n in (32, 64)]
+    assert [budget(kernel) for kernel in large] == [expected, expected]
