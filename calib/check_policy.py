@@ -50,7 +50,7 @@ def policy_problems(
         elif path not in linears:
             yield _problem(path, "", "the traced model has no such linear")
         else:
-            yield from _layer_problems(layer, linears[path], maxima)
+            yield from _layer_problems(layer, linears[path], maxima, in_table=layer.site in policy.equalization)
             if layer.weight_method == "given":
                 yield from _given_problems(layer, linears[path], (given or {}).get(path))
     for site in sites.fold_sites:
@@ -63,7 +63,9 @@ def _problem(path: str, field: str, message: str) -> Problem:
     return Problem(json_path_from_location(("layers", path, field) if field else ("layers", path)), message)
 
 
-def _layer_problems(layer: LayerPolicy, linear: Linear, maxima: Mapping[str, NDArray[np.float32]]) -> Iterator[Problem]:
+def _layer_problems(
+    layer: LayerPolicy, linear: Linear, maxima: Mapping[str, NDArray[np.float32]], *, in_table: bool
+) -> Iterator[Problem]:
     for field in ("in_features", "out_features", "site"):
         given, traced = getattr(layer, field), getattr(linear, field)
         if given != traced:
@@ -80,7 +82,7 @@ def _layer_problems(layer: LayerPolicy, linear: Linear, maxima: Mapping[str, NDA
         if getattr(layer, field) is None:
             yield _problem(linear.path, field, "a w4a8 layer needs one")
     yield from _group_size_problems(layer, linear)
-    yield from _activation_problems(layer, linear, float(maxima[linear.path].max()))
+    yield from _activation_problems(layer, linear, float(maxima[linear.path].max()), in_table=in_table)
 
 
 def _given_problems(layer: LayerPolicy, linear: Linear, given: GivenLayer | None) -> Iterator[Problem]:
@@ -108,7 +110,7 @@ def _group_size_problems(layer: LayerPolicy, linear: Linear) -> Iterator[Problem
         yield _problem(linear.path, "group_size", cause)
 
 
-def _activation_problems(layer: LayerPolicy, linear: Linear, measured: float) -> Iterator[Problem]:
+def _activation_problems(layer: LayerPolicy, linear: Linear, measured: float, *, in_table: bool) -> Iterator[Problem]:
     if layer.activation == "lae_static" and linear.site is None:
         yield _problem(
             linear.path,
@@ -120,16 +122,20 @@ def _activation_problems(layer: LayerPolicy, linear: Linear, measured: float) ->
             linear.path, "input_absmax", f"is {layer.input_absmax}, but {measured} was measured; it is not for editing"
         )
     if layer.activation_scale is not None and layer.activation is not None:
-        yield from _scale_problems(layer, linear, layer.activation_scale, measured)
+        yield from _scale_problems(layer, linear, layer.activation_scale, measured, in_table=in_table)
 
 
-def _scale_problems(layer: LayerPolicy, linear: Linear, scale: float, measured: float) -> Iterator[Problem]:
+def _scale_problems(
+    layer: LayerPolicy, linear: Linear, scale: float, measured: float, *, in_table: bool
+) -> Iterator[Problem]:
     if layer.activation == "per_token":
         yield _problem(linear.path, "activation_scale", "per_token computes its scales at run time: set it to null")
         return
     if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
         yield _problem(linear.path, "activation_scale", f"{scale} is not a normal float32")
         return
+    if in_table:
+        return  # `outdated_scale_problems` compares, once the table is known to be sound.
     equalized = layer.activation == "lae_static"
     own, other = (closed_form_scale(measured, equalized=tier) for tier in (equalized, not equalized))
     if scale == other != own:
@@ -142,12 +148,14 @@ def _scale_problems(layer: LayerPolicy, linear: Linear, scale: float, measured: 
 def _shared_input_problems(site: FoldSite, policy: Policy) -> Iterator[Problem]:
     """A fold changes the tensor that all consumers read, so they are equalized together or not at all.
 
+    A site in the table is equalized whatever the tiers say; `table_problems` looks at it.
+
     It changes the rows of a producing linear too, so that one must not have given codes.
     """
     quantized = policy.quantized()
     tiers = {path: quantized[path].activation for path in site.consumers if path in quantized}
     equalized = [path for path, activation in tiers.items() if activation == "lae_static"]
-    if not equalized:
+    if not equalized or site.id in policy.equalization:
         return
     producer = quantized.get(site.producer_linear or "")
     if site.producer_linear is not None and producer is not None and producer.weight_method == "given":

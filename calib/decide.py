@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from calib.equalize import closed_form_scale
+from calib.choose_equalization import EqualizerOptions, choose_equalization
+from calib.equalize import closed_form_scale, scale_after_equalization
+from calib.linears import LinearWeights
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.replay import replay_policy
 from calib.rule import float_layer, tier_from_absmax
+from calib.site_scales import SiteScales, scales_of_policy, site_absmax
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
@@ -42,6 +45,7 @@ class PolicyOptions:
     """Let group scales be negative: all 16 levels are used, and only the plugin runs the result."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     """Regular expressions, searched for in torch paths."""
+    equalization: EqualizerOptions = field(default_factory=EqualizerOptions)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.v0 <= self.v1 < math.inf:
@@ -80,7 +84,8 @@ def decide_policy(
         UserError: A pattern is no regular expression or matches nothing, no layer can be quantized, the statistics miss
             a layer, or a weight cannot be quantized.
     """
-    rule = Rule(v0=options.v0, v1=options.v1)
+    options.equalization.check_given(checkpoint.given)
+    rule = Rule(v0=options.v0, v1=options.v1, equalizer=options.equalization.equalizer)
     excluded = excluded_paths([linear.path for linear in sites.linears], options.exclude)
     layers = {
         linear.path: float_layer(linear, f"excluded by {excluded[linear.path]!r}: keeps the float precision")
@@ -103,7 +108,34 @@ def decide_policy(
         raise UserError(
             checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
         )
-    return policy, policy_arrays(policy, sites, stats.channel_absmax, checkpoint, progress, hessians)
+    policy, site_scales = _equalized(policy, sites, stats, checkpoint, options.equalization, hessians, progress)
+    return policy, policy_arrays(policy, sites, stats.channel_absmax, checkpoint, progress, hessians, site_scales)
+
+
+def _equalized(
+    policy: Policy,
+    sites: Sites,
+    stats: Stats,
+    checkpoint: Checkpoint,
+    options: EqualizerOptions,
+    hessians: Path | None,
+    progress: Progress,
+) -> tuple[Policy, SiteScales | None]:
+    """Fill in the equalization table, and the scales of static inputs that depend on it."""
+    if not options.folds_everywhere:
+        return policy, None
+    weights = LinearWeights.from_checkpoint(checkpoint)
+    table = choose_equalization(policy, sites, stats.channel_absmax, weights, options, hessians, progress)
+    policy = policy.model_copy(update={"equalization": dict(table.entries)})
+    scales = scales_of_policy(policy, sites, stats.channel_absmax, weights.read, table.rms)
+    layers = dict(policy.layers)
+    for path, layer in policy.quantized().items():
+        site = layer.site or ""
+        if layer.activation == "static" and site in table.entries:
+            maxima = site_absmax(sites.site(site), policy, stats.channel_absmax)
+            scale = scale_after_equalization(maxima, table.entries[site], scales.equalization[site])
+            layers[path] = layer.model_copy(update={"activation_scale": scale})
+    return policy.model_copy(update={"layers": layers}), scales
 
 
 def excluded_paths(paths: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:

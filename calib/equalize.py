@@ -1,6 +1,6 @@
-"""Logarithmic activation equalization (LAE): the scales of a policy's sites, and what they do to weights.
+"""Equalization: what the scales s of a policy's sites do to weights and to INT8 scales.
 
-x' = x / s and W' = W s leave x W^T as it is (FPTQ, arXiv 2308.15987; s_j = m_j / log2(2 + m_j)). The division is folded
+x' = x / s and W' = W s leave x W^T as it is, for any positive s (`equalizers` has the formulas). The division is folded
 into whatever produces x. For a `norm` site that is the norm; for a `gated_mlp` site it is a linear, whose output rows
 (and bias) are divided.
 """
@@ -15,19 +15,41 @@ import torch
 from numpy.typing import NDArray
 
 from fptq_export import numerics
+from fptq_export.policy import SiteEqualization
 from fptq_export.sites import Sites
 
-__all__ = ["LinearScales", "closed_form_scale", "equalization_from_absmax", "equalized_weight", "scales_from_sites"]
-
-
-def equalization_from_absmax(channel_absmax: NDArray[np.float32]) -> NDArray[np.float32]:
-    """LAE scales of a site, float32 [channels]: the reference formula in float64, rounded once."""
-    return numerics.equalization_from_absmax(channel_absmax).astype(np.float32)
+__all__ = [
+    "LinearScales",
+    "closed_form_scale",
+    "equalized_weight",
+    "scale_after_equalization",
+    "scales_from_sites",
+]
 
 
 def closed_form_scale(absmax: float, *, equalized: bool) -> float:
     """INT8 scale of an input whose largest magnitude was `absmax`: v / 127, or log2(2 + v) / 127 after equalization."""
     return float(numerics.static_scale(numerics.equalized_absmax(absmax) if equalized else absmax))
+
+
+def scale_after_equalization(
+    channel_absmax: NDArray[np.float32], entry: SiteEqualization | None, s: NDArray[np.float32] | None
+) -> float:
+    """INT8 scale of a static input.
+
+    Args:
+        channel_absmax: m, largest magnitude of each channel before equalization, float32 [in].
+        entry: How the site is equalized; None where it is not.
+        s: Its scales, float32 [in]; needed for methods other than LAE, which has a closed form.
+
+    Returns:
+        max_j(m_j / s_j) / 127.
+    """
+    if entry is None or entry.method == "lae":
+        return closed_form_scale(float(channel_absmax.max()), equalized=entry is not None)
+    if s is None:
+        raise RuntimeError(f"the scale after {entry.method} needs s")
+    return closed_form_scale(float((channel_absmax.astype(np.float64) / s).max()), equalized=False)
 
 
 @dataclass(frozen=True)

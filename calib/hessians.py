@@ -75,6 +75,10 @@ class Hessians:
             raise UserError(str(path), f"damaged ({error})", "delete it and calibrate again") from None
         self._owner_by_input = {self._inputs[owner]: owner for owner in stored if owner in self._inputs}
 
+    def covers(self, path: str) -> bool:
+        """Whether the file holds the matrix of a linear's input."""
+        return self._inputs.get(path, "") in self._owner_by_input
+
     def read(self, path: str) -> torch.Tensor:
         """The matrix of a linear's input: float32 [in, in], a copy.
 

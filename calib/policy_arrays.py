@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib.equalize import LinearScales, equalization_from_absmax, equalized_weight, scales_from_sites
+from calib.equalize import LinearScales, equalized_weight, scales_from_sites
 from calib.hessians import Hessians
 from calib.linears import LinearWeights
 from calib.load import Checkpoint
+from calib.site_scales import SiteScales, scales_of_policy
 from calib.weights import WEIGHT_METHODS, WeightProblem
 from fptq_export.errors import UserError
 from fptq_export.packing import packed_from_int4
@@ -22,23 +23,9 @@ from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 from fptq_export.tensor_writer import TensorSpec
 
-__all__ = ["equalization_from_policy", "policy_arrays"]
+__all__ = ["policy_arrays"]
 
 Maxima = Mapping[str, NDArray[np.float32]]
-
-
-def equalization_from_policy(policy: Policy, sites: Sites, maxima: Maxima) -> dict[str, NDArray[np.float32]]:
-    """Site id -> s, float32 [channels], for every site that the policy equalizes.
-
-    s comes from the largest maxima of the site's quantized consumers. They read one tensor, so these are the same.
-    """
-    quantized = policy.quantized()
-    return {
-        site: equalization_from_absmax(
-            np.maximum.reduce([maxima[path] for path in sites.site(site).consumers if path in quantized])
-        )
-        for site in policy.equalized_sites()
-    }
 
 
 def policy_arrays(
@@ -48,6 +35,7 @@ def policy_arrays(
     checkpoint: Checkpoint,
     progress: Progress,
     hessians: Path | None = None,
+    site_scales: SiteScales | None = None,
 ) -> ArrayStream:
     """Everything that `policy.safetensors` holds, one weight at a time.
 
@@ -58,6 +46,7 @@ def policy_arrays(
         checkpoint: Read weight by weight.
         progress: Reports layers.
         hessians: `hessians.safetensors`, where a weight method needs it.
+        site_scales: Those of the policy, where they are known already.
 
     Returns:
         The arrays that `fptq_export.policy` lists.
@@ -66,12 +55,14 @@ def policy_arrays(
         UserError: A weight disagrees with the traced graph, or the Hessians that a weight method needs are not there.
             While the arrays are computed: a group scale does not fit float16.
     """
-    equalization = equalization_from_policy(policy, sites, maxima)
-    scales = scales_from_sites(sites, policy.equalized_sites(), equalization)
-    small: dict[str, NDArray[Any]] = {f"{site}.equalization": s for site, s in equalization.items()}
+    weights = LinearWeights.from_checkpoint(checkpoint)
+    if site_scales is None:
+        site_scales = scales_of_policy(policy, sites, maxima, weights.read, {})
+    scales = scales_from_sites(sites, policy.equalized_sites(), site_scales.equalization)
+    small: dict[str, NDArray[Any]] = {f"{site}.equalization": s for site, s in site_scales.equalization.items()}
+    small.update({f"{site}.input_rms": rms for site, rms in site_scales.rms.items()})
     small.update({f"{path}.input_absmax": maxima[path] for path in policy.layers if path in maxima})
     specs = {name: TensorSpec(array.dtype, array.shape) for name, array in small.items()}
-    weights = LinearWeights.from_checkpoint(checkpoint)
     for path, layer in policy.quantized().items():
         _check_shape(path, layer, weights)
         specs.update(_weight_specs(path, layer))

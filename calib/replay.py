@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from calib.check_equalization import outdated_scale_problems, table_problems
 from calib.check_policy import policy_problems
-from calib.equalize import closed_form_scale
+from calib.equalize import scale_after_equalization
+from calib.equalizers import NEEDS_RMS
 from calib.given import GivenWeights
-from calib.hessians import HESSIANS_FILE
+from calib.hessians import HESSIANS_FILE, Hessians
+from calib.linears import LinearWeights
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.rule import RULE_REASON_START, tier_from_absmax
-from fptq_export.errors import UserError, UserErrors
+from calib.site_scales import rms_from_hessian, scales_of_policy
+from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.policy import (
     Activation,
     ArrayStream,
@@ -39,8 +43,9 @@ _BY_HAND = "set by hand"
 def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Progress) -> tuple[Policy, ArrayStream]:
     """Read a policy that a person may have edited, and recompute scales and codes from the checkpoint.
 
-    What a layer runs is taken from its entry; the rule's thresholds are not applied again. An `activation_scale` that
-    is null gets its closed form from the channel maxima stored in `policy.safetensors`; another value is kept.
+    What a layer runs is taken from its entry, and how a site is equalized from the table; neither the rule's thresholds
+    nor a search are applied again. An `activation_scale` that is null gets its closed form from the channel maxima
+    stored in `policy.safetensors`; another value is kept.
 
     Args:
         path: `policy.json`, with `policy.safetensors` beside it, and `hessians.safetensors` where a weight method needs
@@ -58,21 +63,60 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     """
     policy = read_policy(path)
     maxima = _maxima_from_arrays(arrays_path(path), sites)
+    stored = _site_arrays(arrays_path(path), "equalization", sites)
+    beside = path.with_name(HESSIANS_FILE)
+    hessians = beside if beside.is_file() else None
+    rms = _known_rms(path, policy, sites, hessians)
     given = checkpoint.given.layers if checkpoint.given is not None else None
-    problems = list(policy_problems(policy, sites, maxima, given))
+    problems = [*policy_problems(policy, sites, maxima, given), *table_problems(policy, sites, maxima, rms)]
+    _raise_if_any(path, problems)
+    scales = scales_of_policy(policy, sites, maxima, LinearWeights.from_checkpoint(checkpoint).read, rms)
+    _raise_if_any(path, list(outdated_scale_problems(policy, maxima, scales.equalization, stored)))
+    entries = policy.equalizations()
+    layers = {}
+    for name, layer in policy.layers.items():
+        if layer.precision == "w4a8":
+            site = layer.site or ""
+            scale = scale_after_equalization(maxima[name], entries.get(site), scales.equalization.get(site))
+            measured = float(maxima[name].max())
+            layers[name] = _completed(layer, sites.linear(name), measured, scale, policy.rule, checkpoint.given)
+        else:
+            layers[name] = _float_layer(layer)
+    completed = policy.model_copy(update={"layers": layers})
+    return completed, policy_arrays(completed, sites, maxima, checkpoint, progress, hessians, scales)
+
+
+def _raise_if_any(path: Path, problems: Sequence[Problem]) -> None:
     if problems:
         raise UserErrors(str(path), problems, "mend every entry listed above and run again")
-    layers = {
-        name: _completed(layer, sites.linear(name), float(maxima[name].max()), policy.rule, checkpoint.given)
-        if layer.precision == "w4a8"
-        else _float_layer(layer)
-        for name, layer in policy.layers.items()
-    }
-    completed = policy.model_copy(update={"layers": layers})
-    hessians = path.with_name(HESSIANS_FILE)
-    return completed, policy_arrays(
-        completed, sites, maxima, checkpoint, progress, hessians if hessians.is_file() else None
-    )
+
+
+def _site_arrays(path: Path, kind: str, sites: Sites) -> dict[str, NDArray[np.float32]]:
+    """`<site>.<kind>` of every site that has a sound one."""
+    arrays = PolicyArrays(path)
+    found = {}
+    for site in sites.fold_sites:
+        name = f"{site.id}.{kind}"
+        if name in arrays:
+            values = arrays.read(name)
+            if values.shape != (site.channels,) or values.dtype != np.float32 or not np.isfinite(values).all():
+                cause = f"{name} is not {site.channels} finite float32 numbers"
+                raise UserError(str(path), cause, "calibrate again: the file was changed")
+            found[site.id] = values
+    return found
+
+
+def _known_rms(path: Path, policy: Policy, sites: Sites, hessians: Path | None) -> dict[str, NDArray[np.float32]]:
+    """Root mean squares of every site of the table that needs them: as stored, or else from the Hessians."""
+    stored = _site_arrays(arrays_path(path), "input_rms", sites)
+    wanted = [site for site, entry in policy.equalization.items() if entry.method in NEEDS_RMS]
+    rms = {site: stored[site] for site in wanted if site in stored}
+    if hessians is not None and len(rms) < len(wanted):
+        matrices = Hessians(hessians, sites)
+        for site in sites.fold_sites:
+            if site.id in wanted and site.id not in rms and matrices.covers(site.consumers[0]):
+                rms[site.id] = rms_from_hessian(matrices.read(site.consumers[0]))
+    return rms
 
 
 def _maxima_from_arrays(path: Path, sites: Sites) -> Mapping[str, NDArray[np.float32]]:
@@ -100,12 +144,12 @@ def _maxima_from_arrays(path: Path, sites: Sites) -> Mapping[str, NDArray[np.flo
 
 
 def _completed(
-    layer: LayerPolicy, linear: Linear, measured: float, rule: Rule, given: GivenWeights | None
+    layer: LayerPolicy, linear: Linear, measured: float, scale: float, rule: Rule, given: GivenWeights | None
 ) -> LayerPolicy:
     """Fill in what an edit left open: the closed-form scale, and who decided."""
     update: dict[str, Any] = {"input_absmax": measured}
     if layer.activation_scale is None and layer.activation != "per_token":
-        update["activation_scale"] = closed_form_scale(measured, equalized=layer.activation == "lae_static")
+        update["activation_scale"] = scale
     activation: Activation | None
     if layer.weight_method == "given" and given is not None:
         decided = given.layer_policy(linear, measured, rule)

@@ -16,11 +16,12 @@ def tier_from_absmax(absmax: float, rule: Rule, linear: Linear) -> tuple[Activat
 
     Args:
         absmax: v, the largest magnitude of the input seen in calibration.
-        rule: Thresholds v0 and v1.
+        rule: Thresholds v0 and v1, and the equalizer.
         linear: Says whether the input has an exact fold site.
 
     Returns:
-        `static` for v <= v0; `lae_static` for v0 < v < v1 at a fold site; `per_token` otherwise. And the reason.
+        `static` for v <= v0; for v0 < v < v1 at a fold site `lae_static`, or `static` with an equalizer of its own;
+        `per_token` otherwise. And the reason.
     """
     measured = f"{RULE_REASON_START} {absmax:.6g}"
     if absmax <= rule.v0:
@@ -30,6 +31,10 @@ def tier_from_absmax(absmax: float, rule: Rule, linear: Linear) -> tuple[Activat
     between = f"{measured} between v0 {rule.v0:g} and v1 {rule.v1:g}"
     if linear.site is None:
         return "per_token", f"{between}, but no fold site ({linear.no_site_reason}): one INT8 scale a token"
+    if rule.equalizer == "none":
+        return "per_token", f"{between}, but nothing is equalized: one INT8 scale a token"
+    if rule.equalizer != "paper":
+        return "static", f"{between}, at a site for {rule.equalizer} ({linear.site}): one INT8 scale"
     return "lae_static", f"{between}: equalized at {linear.site}, then one INT8 scale"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -32,6 +32,10 @@ class RunOptions(BaseModel):
     """`paper`, or a policy.json to replay."""
     v0: float = Field(default=15.0, ge=0.0, allow_inf_nan=False)
     v1: float = Field(default=150.0, ge=0.0, allow_inf_nan=False)
+    equalizer: Literal["paper", "none", "lae", "smoothquant", "awq", "search"] = "paper"
+    """What equalizes inputs at fold sites: LAE between v0 and v1, nothing, or one method at every site."""
+    smoothquant_alpha: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.5
+    """Exponent of the activations in `smoothquant`; `auto` searches it site by site."""
     group_size: Literal[128, 64, 32, 16] = 128
     weight_method: Literal["rtn", "mse", "gptq", "gptq+cd", "two_level", "integer_scale"] = "rtn"
     signed_scales: bool = False

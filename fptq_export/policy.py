@@ -11,6 +11,7 @@ Arrays, by name:
 | `<layer>.weight_scales` | float16 [out, in/group_size] | group scales |
 | `<layer>.input_absmax` | float32 [in] | largest magnitude of each input channel seen in calibration |
 | `<site>.equalization` | float32 [channels] | s of every equalized fold site: x' = x / s |
+| `<site>.input_rms` | float32 [channels] | root mean square of x, for sites whose s is computed from it |
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from safetensors import SafetensorError, safe_open
 
 from fptq_export.errors import UserError
@@ -33,9 +34,12 @@ __all__ = [
     "POLICY_SCHEMA_VERSION",
     "Activation",
     "ArrayStream",
+    "EqualizationMethod",
+    "Equalizer",
     "LayerPolicy",
     "Policy",
     "PolicyArrays",
+    "SiteEqualization",
     "arrays_path",
     "group_size_for",
     "policy_json_schema",
@@ -51,6 +55,9 @@ Activation = Literal["static", "lae_static", "per_token"]
 Precision = Literal["w4a8", "float"]
 WeightMethod = Literal["rtn", "mse", "gptq", "gptq+cd", "two_level", "integer_scale", "given"]
 """`given`: codes and scales are those of a checkpoint that was quantized before; no option selects it."""
+EqualizationMethod = Literal["lae", "smoothquant", "awq", "search"]
+Equalizer = Literal["paper", "none", "lae", "smoothquant", "awq", "search"]
+"""What equalizes fold sites: the FPTQ rule where it says `lae_static`, nothing, or one method at every site."""
 
 
 class _Model(BaseModel):
@@ -88,10 +95,54 @@ class LayerPolicy(_Model):
         return None if self.group_size is None else 4.0 + 16.0 / self.group_size
 
 
+class SiteEqualization(_Model):
+    """How s of one fold site is computed, channel by channel; consumers then read x' = x / s.
+
+    m is the largest magnitude of a channel, rms its root mean square, w the largest weight that multiplies it.
+
+    | method | s |
+    |---|---|
+    | `lae` | m / log2(2 + m) |
+    | `smoothquant` | m^alpha / w^(1 - alpha) |
+    | `awq` | rms^ratio, normalised |
+    | `search` | (m / log2(2 + m))^lae_exponent x rms^rms_exponent, normalised |
+    """
+
+    method: EqualizationMethod
+    alpha: float | None = Field(default=None, ge=0.0, le=1.0)
+    """`smoothquant` only."""
+    ratio: float | None = Field(default=None, ge=0.0, le=1.0)
+    """`awq` only."""
+    lae_exponent: float | None = Field(default=None, ge=-2.0, le=2.0)
+    """`search` only."""
+    rms_exponent: float | None = Field(default=None, ge=-2.0, le=2.0)
+    """`search` only."""
+    reason: str = ""
+    """Why these parameters."""
+
+    @model_validator(mode="after")
+    def _has_its_parameters(self) -> SiteEqualization:
+        needed = _EQUALIZATION_PARAMETERS[self.method]
+        for name in ("alpha", "ratio", "lae_exponent", "rms_exponent"):
+            if (getattr(self, name) is not None) != (name in needed):
+                raise ValueError(f"{self.method} {'needs' if name in needed else 'has no'} {name}")
+        return self
+
+
+_EQUALIZATION_PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "lae": (),
+    "smoothquant": ("alpha",),
+    "awq": ("ratio",),
+    "search": ("lae_exponent", "rms_exponent"),
+}
+
+
 class Rule(_Model):
     """The rule that chose the tiers, with its thresholds."""
 
     name: Literal["paper"] = "paper"
+    equalizer: Equalizer = "paper"
+    """`paper` equalizes (LAE) between v0 and v1; `none` and the others take the decision away from the thresholds."""
     v0: float = Field(default=15.0, ge=0.0)
     """Inputs up to this magnitude are quantized as they are."""
     v1: float = Field(default=150.0, ge=0.0)
@@ -106,15 +157,21 @@ class Policy(_Model):
     """Name of the model the policy was made for."""
     rule: Rule
     layers: dict[str, LayerPolicy]
+    equalization: dict[str, SiteEqualization] = Field(default_factory=dict)
+    """Site id -> how it is equalized, whatever the tiers of its layers. Sites of `lae_static` layers need no entry."""
 
     def quantized(self) -> dict[str, LayerPolicy]:
         """The layers that run W4A8, by torch path."""
         return {path: layer for path, layer in self.layers.items() if layer.precision == "w4a8"}
 
-    def equalized_sites(self) -> tuple[str, ...]:
-        """Ids of the fold sites whose producers are divided, in order of first use."""
+    def equalizations(self) -> dict[str, SiteEqualization]:
+        """Every equalized fold site, by id: the table, and LAE where a layer is `lae_static`."""
         sites = [layer.site for layer in self.layers.values() if layer.activation == "lae_static" and layer.site]
-        return tuple(dict.fromkeys(sites))
+        return {site: SiteEqualization(method="lae") for site in sites} | self.equalization
+
+    def equalized_sites(self) -> tuple[str, ...]:
+        """Ids of the fold sites whose producers are divided: those of `lae_static` layers first, in order of use."""
+        return tuple(self.equalizations())
 
 
 class PolicyArrays:

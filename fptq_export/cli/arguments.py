@@ -128,6 +128,14 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--v1", type=float, metavar="X", help="inputs from this magnitude on are per-token [150]")
     group.add_argument(
+        "--equalizer",
+        metavar="NAME",
+        help="paper (LAE between v0 and v1), none, or at every fold site lae, smoothquant, awq or search [paper]",
+    )
+    group.add_argument(
+        "--smoothquant-alpha", metavar="X", help="with --equalizer smoothquant: 0 to 1, or auto to search it [0.5]"
+    )
+    group.add_argument(
         "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
     )
     group.add_argument(

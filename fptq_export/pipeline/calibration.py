@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.batches import CalibrationOptions, token_batches
+from calib.choose_equalization import EqualizerOptions
 from calib.decide import PolicyOptions, decide_policy, excluded_paths
 from calib.hessians import hessian_writer, owners_from_sites
 from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
@@ -34,6 +36,7 @@ def calibrate(
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
+    _equalizer(options).check_given(checkpoint.given)
     wanted = CalibrationOptions(
         dataset=options.calib_dataset,
         size=options.calib_size,
@@ -71,8 +74,13 @@ def _hessian_sink(sites: Sites, linears: Sequence[str], path: Path | None) -> It
 
 
 def needs_hessians(options: RunOptions) -> bool:
-    """Whether the weight method of a run needs the Hessians of the inputs."""
-    return WEIGHT_METHODS[options.weight_method].needs_hessian
+    """Whether the weight method or the equalizer of a run needs the Hessians of the inputs."""
+    return WEIGHT_METHODS[options.weight_method].needs_hessian or _equalizer(options).needs_hessian
+
+
+def _equalizer(options: RunOptions) -> EqualizerOptions:
+    alpha = options.smoothquant_alpha
+    return EqualizerOptions(options.equalizer, None if alpha == "auto" else alpha)
 
 
 def decide(
@@ -92,6 +100,7 @@ def decide(
         weight_method=options.weight_method,
         signed_scales=options.signed_scales,
         exclude=options.exclude,
+        equalization=_equalizer(options),
     )
     policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
     write_policy(policy, arrays, policy_path)
@@ -115,6 +124,7 @@ def summary_from_policy(policy: Policy) -> dict[str, Any]:
     bits = sum((layer.bits_per_weight or 0.0) * count for layer, count in zip(quantized, weights, strict=True))
     return {
         "layers": tiers,
+        "equalized_sites": dict(Counter(entry.method for entry in policy.equalizations().values())),
         "float_layers": len(policy.layers) - len(quantized),
         "bits_per_weight": bits / sum(weights) if weights else None,
     }

@@ -15,6 +15,9 @@ from fptq_export.policy import read_policy
 __all__ = ["check_options", "replays"]
 
 
+_PAPER_ALPHA = RunOptions.model_fields["smoothquant_alpha"].default
+
+
 def replays(options: RunOptions) -> bool:
     """Whether a policy file is replayed, so that nothing is calibrated."""
     return options.policy != "paper"
@@ -33,6 +36,9 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) 
     """
     if options.v0 > options.v1:
         raise UserError("--v0", f"is {options.v0:g}, above --v1 {options.v1:g}", "give v0 <= v1")
+    if options.smoothquant_alpha != _PAPER_ALPHA and options.equalizer != "smoothquant":
+        cause = f"is not used with --equalizer {options.equalizer}"
+        raise UserError("--smoothquant-alpha", cause, "add --equalizer smoothquant, or leave it out")
     if options.max_ppl_increase is not None and not options.verify:
         raise UserError("--max-ppl-increase", "cannot be checked with --no-verify", "leave one of the two out")
     if options.dtype == "bf16" and options.verify and "verify" in stages:

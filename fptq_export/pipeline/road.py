@@ -47,6 +47,7 @@ VERBS: Mapping[str, tuple[str, ...]] = {
 }
 """Stages each verb runs; a verb needs the files of the stages before its own."""
 
+_POLICY_OPTIONS = ("equalizer", "smoothquant_alpha", "group_size", "weight_method", "signed_scales")
 _GRAPH_DTYPES: Mapping[str, Literal["float16", "bfloat16", "float32"]] = {
     "fp16": "float16",
     "bf16": "bfloat16",
@@ -241,7 +242,7 @@ class _Road:
             return
         self._stage(
             "policy",
-            self._option_parts("v0", "v1", "group_size", "weight_method", "signed_scales", "exclude"),
+            self._option_parts("v0", "v1", "exclude", *_POLICY_OPTIONS),
             (self._dir.stats, *self._hessian_files, self._dir.sites, *self._weight_files),
             outputs,
             lambda: decide(

@@ -55,6 +55,9 @@ def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("layers, INT8 dynamic per token", str(layers["per_token"])),
         ("layers left in float", str(record.summary["float_layers"])),
     ]
+    equalized = record.summary.get("equalized_sites")
+    if equalized:
+        rows.append(("equalized fold sites", ", ".join(f"{count} {method}" for method, count in equalized.items())))
     bits = record.summary["bits_per_weight"]
     return [*rows, ("bits per quantized weight, scales included", f"{bits:.3f}")] if bits is not None else rows
 

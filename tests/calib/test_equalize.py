@@ -12,23 +12,25 @@ from numpy.typing import NDArray
 from calib.equalize import (
     LinearScales,
     closed_form_scale,
-    equalization_from_absmax,
     equalized_weight,
     scales_from_sites,
 )
+from calib.equalizers import SiteStatistics, scale_from_formula
 from fptq_export import numerics
+from fptq_export.policy import SiteEqualization
 from fptq_export.sites import Sites
 
 FLOAT32_ULP = 2.0**-23
 """Spacing of float32 relative to 1; one rounding is off by at most half of it."""
 
+LAE = SiteEqualization(method="lae")
 maxima = hnp.arrays(np.float32, st.integers(1, 32), elements=st.floats(0.0, 2.0**100, width=32))
 
 
 @given(maxima)
 def test_scales_are_the_reference_rounded_once(absmax: NDArray[np.float32]) -> None:
     """Bit for bit the float64 formula rounded to float32, positive and finite for any maxima."""
-    s = equalization_from_absmax(absmax)
+    s = scale_from_formula(LAE, SiteStatistics(absmax))
     assert s.dtype == np.float32
     assert np.array_equal(s, numerics.equalization_from_absmax(absmax).astype(np.float32))
     assert np.isfinite(s).all()
@@ -38,13 +40,13 @@ def test_scales_are_the_reference_rounded_once(absmax: NDArray[np.float32]) -> N
 @given(maxima)
 def test_equalized_input_stays_within_its_closed_form_range(absmax: NDArray[np.float32]) -> None:
     """After x / s no channel exceeds log2(2 + v): two roundings (s, and x / s) above it, at most."""
-    largest = (absmax / equalization_from_absmax(absmax)).max()
+    largest = (absmax / scale_from_formula(LAE, SiteStatistics(absmax))).max()
     assert largest <= numerics.equalized_absmax(float(absmax.max())) * (1 + 2 * FLOAT32_ULP)
 
 
 def test_known_values() -> None:
     """Values by hand: m = 2 has s = 1; m = 6 has 6 / 3; a dead channel has 1; a tiny one is kept from 0."""
-    s = equalization_from_absmax(np.array([2.0, 6.0, 0.0, 1e-30], np.float32))
+    s = scale_from_formula(LAE, SiteStatistics(np.array([2.0, 6.0, 0.0, 1e-30], np.float32)))
     assert s.tolist() == [1.0, 2.0, 1.0, np.float32(numerics.MIN_EQUALIZATION)]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calib.hessians import hessian_writer, owners_from_sites
 from calib.weights import QuantizedWeight
 from calib.weights.gptq import DAMPING
 from fptq_export import numerics
+from fptq_export.sites import Sites
 
 FLOAT32_UNIT = 2.0**-24
 """Largest relative error of one float32 rounding."""
@@ -70,3 +74,13 @@ def objective_rounding(
     bound: NDArray[np.float64] = terms + 2 * ((magnitude @ spread) * of_error).sum(axis=1)
     bound += ((of_error @ spread) * of_error).sum(axis=1)
     return bound
+
+
+def write_hessians(path: Path, sites: Sites, *, exclude: tuple[str, ...] = ("lm_head",)) -> None:
+    """Make `hessians.safetensors` up: correlated channels whose magnitudes grow a hundredfold from first to last."""
+    owners = set(owners_from_sites(sites, [x.path for x in sites.linears if x.path not in exclude]).values())
+    sizes = {owner: sites.linear(owner).in_features for owner in owners}
+    with hessian_writer(path, sizes) as write:
+        for seed, (owner, size) in enumerate(sorted(sizes.items())):
+            gain = torch.logspace(-1.0, 1.0, size)
+            write(owner, correlated_hessian(size, seed, low_rank=True) * gain[:, None] * gain)
