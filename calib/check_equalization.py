@@ -58,6 +58,7 @@ def _site_problems(site: FoldSite, entry: SiteEqualization, policy: Policy, maxi
 
 def outdated_scale_problems(
     policy: Policy,
+    sites: Sites,
     maxima: Maxima,
     now: Mapping[str, NDArray[np.float32]],
     before: Mapping[str, NDArray[np.float32]],
@@ -66,6 +67,7 @@ def outdated_scale_problems(
 
     Args:
         policy: As read from the file, without other problems.
+        sites: Fold sites of the traced graph.
         maxima: Linear path -> stored channel maxima.
         now: Site id -> s as the table says.
         before: Site id -> s as stored.
@@ -73,9 +75,9 @@ def outdated_scale_problems(
     Yields:
         One problem for each static layer whose scale follows from s before, or from no s, but not from s now.
     """
-    entries = policy.equalizations()
+    entries, sites_read = policy.equalizations(), sites.site_by_consumer()
     for path, layer in policy.quantized().items():
-        site, scale = layer.site, layer.activation_scale
+        site, scale = sites_read.get(path), layer.activation_scale
         if site is None or scale is None or layer.activation != "static" or not (site in now or site in before):
             continue
         m = maxima[path]

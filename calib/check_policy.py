@@ -40,6 +40,7 @@ def policy_problems(
     """
     linears = {linear.path: linear for linear in sites.linears}
     unmatched = {linear.path: linear for linear in sites.unmatched}
+    read = sites.site_by_consumer()
     for path in (*linears, *unmatched):
         if path not in policy.layers:
             yield _problem(path, "", "missing; every linear of the model has an entry")
@@ -50,7 +51,7 @@ def policy_problems(
         elif path not in linears:
             yield _problem(path, "", "the traced model has no such linear")
         else:
-            yield from _layer_problems(layer, linears[path], maxima, in_table=layer.site in policy.equalization)
+            yield from _layer_problems(layer, linears[path], maxima, in_table=read.get(path) in policy.equalization)
             if layer.weight_method == "given":
                 yield from _given_problems(layer, linears[path], (given or {}).get(path))
     for site in sites.fold_sites:
@@ -88,7 +89,7 @@ def _layer_problems(
 def _given_problems(layer: LayerPolicy, linear: Linear, given: GivenLayer | None) -> Iterator[Problem]:
     """Codes that are taken as they are fit one group size and the weight as it is."""
     if given is None:
-        yield _problem(linear.path, "weight_method", "the model holds no INT4 codes for it; choose rtn, mse or gptq")
+        yield _problem(linear.path, "weight_method", "the model holds no INT4 codes for it; choose another")
         return
     if layer.group_size != given.group_size:
         cause = f"is {layer.group_size}, but the given codes have {given.group_size}; or choose another weight_method"

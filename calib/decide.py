@@ -129,8 +129,9 @@ def _equalized(
     policy = policy.model_copy(update={"equalization": dict(table.entries)})
     scales = scales_of_policy(policy, sites, stats.channel_absmax, weights.read, table.rms)
     layers = dict(policy.layers)
+    sites_read = sites.site_by_consumer()
     for path, layer in policy.quantized().items():
-        site = layer.site or ""
+        site = sites_read.get(path, "")
         if layer.activation == "static" and site in table.entries:
             maxima = site_absmax(sites.site(site), policy, stats.channel_absmax)
             scale = scale_after_equalization(maxima, table.entries[site], scales.equalization[site])

@@ -1,8 +1,8 @@
 """Equalization: what the scales s of a policy's sites do to weights and to INT8 scales.
 
 x' = x / s and W' = W s leave x W^T as it is, for any positive s (`equalizers` has the formulas). The division is folded
-into whatever produces x. For a `norm` site that is the norm; for a `gated_mlp` site it is a linear, whose output rows
-(and bias) are divided.
+into whatever produces x. For a `norm` site that is the norm; for others it is a linear, whose output rows (and bias)
+are divided.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def scales_from_sites(
             scales[path] = LinearScales(input=s, output=scales.get(path, LinearScales()).output)
         if site.producer_linear is not None:
             before = scales.get(site.producer_linear, LinearScales())
-            scales[site.producer_linear] = LinearScales(input=before.input, output=s)
+            scales[site.producer_linear] = LinearScales(input=before.input, output=site.producer_scale(s))
     return scales
 
 

@@ -71,12 +71,12 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     problems = [*policy_problems(policy, sites, maxima, given), *table_problems(policy, sites, maxima, rms)]
     _raise_if_any(path, problems)
     scales = scales_of_policy(policy, sites, maxima, LinearWeights.from_checkpoint(checkpoint).read, rms)
-    _raise_if_any(path, list(outdated_scale_problems(policy, maxima, scales.equalization, stored)))
-    entries = policy.equalizations()
+    _raise_if_any(path, list(outdated_scale_problems(policy, sites, maxima, scales.equalization, stored)))
+    entries, sites_read = policy.equalizations(), sites.site_by_consumer()
     layers = {}
     for name, layer in policy.layers.items():
         if layer.precision == "w4a8":
-            site = layer.site or ""
+            site = sites_read.get(name, "")
             scale = scale_after_equalization(maxima[name], entries.get(site), scales.equalization.get(site))
             measured = float(maxima[name].max())
             layers[name] = _completed(layer, sites.linear(name), measured, scale, policy.rule, checkpoint.given)

@@ -57,7 +57,7 @@ def scales_of_policy(
             weight_absmax=weight_absmax(site, policy, read_weight) if entry.method == "smoothquant" else None,
             rms=rms.get(site_id),
         )
-        equalization[site_id] = scale_from_formula(entry, statistics)
+        equalization[site_id] = site.tied(scale_from_formula(entry, statistics))
     used = {site_id: rms[site_id] for site_id, entry in entries.items() if entry.method in NEEDS_RMS}
     return SiteScales(equalization, used)
 

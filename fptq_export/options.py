@@ -37,7 +37,10 @@ class RunOptions(BaseModel):
     smoothquant_alpha: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.5
     """Exponent of the activations in `smoothquant`; `auto` searches it site by site."""
     group_size: Literal[128, 64, 32, 16] = 128
-    weight_method: Literal["rtn", "mse", "gptq", "gptq+cd", "two_level", "integer_scale"] = "rtn"
+    weight_method: Literal["rtn", "mse", "clip", "gptq", "gptq+cd", "two_level", "integer_scale", "awq", "gptq+awq"] = (
+        "rtn"
+    )
+    """`awq` is `equalizer` awq with `clip`, `gptq+awq` the same with `gptq`; both take the default `equalizer` only."""
     signed_scales: bool = False
     """Let group scales be negative, so that all 16 levels are used; needs `plugin` on."""
     exclude: tuple[str, ...] = ("lm_head",)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from fptq_export.files import read_json_model, write_json_model
 
@@ -27,7 +29,8 @@ __all__ = [
 
 SITES_SCHEMA_VERSION: Final = 1
 
-SiteKind = Literal["norm", "offset_norm", "gated_mlp"]
+SiteKind = Literal["norm", "offset_norm", "gated_mlp", "relu_mlp", "attention_value"]
+Vector = NDArray[np.float32]
 
 
 class _Model(BaseModel):
@@ -51,6 +54,10 @@ class FoldSite(_Model):
 
     Kinds: `norm`, a per-channel weight (and bias) that scales the tensor; `offset_norm`, the same with (1 + w);
     `gated_mlp`, a product whose `up` branch is a linear, so its output rows (and bias) are the producer.
+
+    Two kinds are extensions that the FPTQ rule does not use, so `Linear.site` does not name them: `relu_mlp`, ReLU of a
+    linear; `attention_value`, attention whose values are a linear. Query heads that share a value head share its
+    channels there, so their s are equal, and a cache of values holds v / s.
     """
 
     id: str
@@ -58,9 +65,28 @@ class FoldSite(_Model):
     channels: int
     producers: tuple[Producer, ...]
     producer_linear: str | None = None
-    """Path of the linear whose output rows are divided (`gated_mlp` only)."""
+    """Path of the linear whose output rows are divided; None for norms."""
     consumers: tuple[str, ...]
     """Torch paths of every linear that reads the tensor."""
+    repeats: PositiveInt = 1
+    """How many query heads in a row read one value head (`attention_value` only)."""
+    head_dim: PositiveInt | None = None
+    """Channels of a head, where heads repeat."""
+
+    def tied(self, s: Vector) -> Vector:
+        """The s that the site allows: the largest of each group of channels that come from one producer row.
+
+        Args:
+            s: float32 [channels].
+        """
+        if self.head_dim is None:
+            return s
+        heads = s.reshape(-1, self.repeats, self.head_dim)
+        return np.repeat(heads.max(axis=1), self.repeats, axis=0).reshape(heads.shape).reshape(-1)
+
+    def producer_scale(self, s: Vector) -> Vector:
+        """What the producer is divided by, float32 [producer rows], for a tied s, float32 [channels]."""
+        return s if self.head_dim is None else s.reshape(-1, self.repeats, self.head_dim)[:, 0].reshape(-1)
 
 
 class Linear(_Model):
@@ -79,6 +105,7 @@ class Linear(_Model):
     input: str
     """Value the node reads; linears with the same input share it."""
     site: str | None
+    """Fold site that the FPTQ rule may use; an extension site names the linear among its consumers only."""
     no_site_reason: str | None
     """Why the input has no exact fold site; None exactly when `site` is set."""
 
@@ -106,6 +133,10 @@ class Sites(_Model):
             if linear.path == path:
                 return linear
         raise KeyError(path)
+
+    def site_by_consumer(self) -> dict[str, str]:
+        """Path of a linear -> id of the fold site that it reads, extensions included."""
+        return {path: site.id for site in self.fold_sites for path in site.consumers}
 
     def site(self, site_id: str) -> FoldSite:
         """The fold site with an id. Raises KeyError when there is none."""

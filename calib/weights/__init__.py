@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from calib.weights.clip import quantize_clip
 from calib.weights.coordinate_descent import quantize_gptq_cd
 from calib.weights.gptq import quantize_gptq
 from calib.weights.integer_scale import quantize_integer_scale
@@ -18,6 +19,7 @@ __all__ = ["WEIGHT_METHODS", "QuantizedWeight", "WeightProblem"]
 WEIGHT_METHODS: Mapping[WeightMethod, WeightMethodEntry] = {
     "rtn": WeightMethodEntry(quantize_rtn),
     "mse": WeightMethodEntry(quantize_mse),
+    "clip": WeightMethodEntry(quantize_clip, needs_hessian=True),
     "gptq": WeightMethodEntry(quantize_gptq, needs_hessian=True),
     "gptq+cd": WeightMethodEntry(quantize_gptq_cd, needs_hessian=True),
     "two_level": WeightMethodEntry(quantize_two_level, needs_hessian=True),

@@ -41,7 +41,7 @@ def quantize_gptq(problem: WeightProblem) -> QuantizedWeight:
 def hessian_of(problem: WeightProblem) -> torch.Tensor:
     """The Hessian. Raises ValueError if it is missing."""
     if problem.hessian is None:
-        raise ValueError("gptq needs the Hessian of the input")
+        raise ValueError("it needs the Hessian of the input")
     return problem.hessian
 
 

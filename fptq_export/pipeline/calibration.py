@@ -20,7 +20,7 @@ from calib.stats import read_stats, write_stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
-from fptq_export.policy import Policy, write_policy
+from fptq_export.policy import Policy, WeightMethod, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
@@ -75,12 +75,19 @@ def _hessian_sink(sites: Sites, linears: Sequence[str], path: Path | None) -> It
 
 def needs_hessians(options: RunOptions) -> bool:
     """Whether the weight method or the equalizer of a run needs the Hessians of the inputs."""
-    return WEIGHT_METHODS[options.weight_method].needs_hessian or _equalizer(options).needs_hessian
+    return WEIGHT_METHODS[_weight_method(options)].needs_hessian or _equalizer(options).needs_hessian
+
+
+def _weight_method(options: RunOptions) -> WeightMethod:
+    if options.weight_method == "awq":
+        return "clip"
+    return "gptq" if options.weight_method == "gptq+awq" else options.weight_method
 
 
 def _equalizer(options: RunOptions) -> EqualizerOptions:
     alpha = options.smoothquant_alpha
-    return EqualizerOptions(options.equalizer, None if alpha == "auto" else alpha)
+    named = "awq" if options.weight_method in ("awq", "gptq+awq") else options.equalizer
+    return EqualizerOptions(named, None if alpha == "auto" else alpha)
 
 
 def decide(
@@ -97,7 +104,7 @@ def decide(
         v0=options.v0,
         v1=options.v1,
         group_size=options.group_size,
-        weight_method=options.weight_method,
+        weight_method=_weight_method(options),
         signed_scales=options.signed_scales,
         exclude=options.exclude,
         equalization=_equalizer(options),

@@ -39,6 +39,9 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) 
     if options.smoothquant_alpha != _PAPER_ALPHA and options.equalizer != "smoothquant":
         cause = f"is not used with --equalizer {options.equalizer}"
         raise UserError("--smoothquant-alpha", cause, "add --equalizer smoothquant, or leave it out")
+    if options.weight_method in ("awq", "gptq+awq") and options.equalizer not in ("paper", "awq"):
+        cause = f"sets --equalizer awq, but --equalizer {options.equalizer} is given"
+        raise UserError(f"--weight-method {options.weight_method}", cause, "use clip or gptq with another equalizer")
     if options.max_ppl_increase is not None and not options.verify:
         raise UserError("--max-ppl-increase", "cannot be checked with --no-verify", "leave one of the two out")
     if options.dtype == "bf16" and options.verify and "verify" in stages:

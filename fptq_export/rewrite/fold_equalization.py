@@ -50,6 +50,8 @@ class FoldEqualization(ir.passes.InPlacePass):
                 raise ir.passes.PreconditionError(
                     f"equalization of {site_id!r} must be {site.channels} positive numbers"
                 )
+            if not np.array_equal(site.tied(scale), scale):
+                raise ir.passes.PreconditionError(f"equalization of {site_id!r} differs where heads share values")
             for producer in site.producers:
                 if producer.initializer not in model.graph.initializers:
                     raise ir.passes.PreconditionError(f"{site_id!r}: no initializer {producer.initializer!r}")
@@ -63,7 +65,7 @@ class FoldEqualization(ir.passes.InPlacePass):
                 value = model.graph.initializers[producer.initializer]
                 if producer.offset:
                     _widen(model, value)
-                _divide(value, producer, scale, site)
+                _divide(value, producer, site.producer_scale(scale), site)
             for path in site.consumers:
                 linear = self._sites.linear(path)
                 _multiply_rows(model, nodes[linear.node], linear, scale, site)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from fptq_export.sites import FoldSite, Producer, SiteKind
 from fptq_export.trace.find_linears import LinearNode, only_reader
 
-__all__ = ["fold_site_or_reason"]
+__all__ = ["fold_site_or_reason", "source_before_casts", "stray_reader"]
 
 
 def fold_site_or_reason(
@@ -39,10 +39,10 @@ def fold_site_or_reason(
     Returns:
         The site, or one sentence.
     """
-    stray = _stray_reader(value, readers)
+    stray = stray_reader(value, readers)
     if stray is not None:
         return stray
-    source = _source(value)
+    source = source_before_casts(value)
     if isinstance(source, str):
         return source
     consumers = tuple(reader.path for reader in readers)
@@ -55,7 +55,8 @@ def fold_site_or_reason(
     return f"no per-channel producer to fold into: the input comes from {origin}"
 
 
-def _stray_reader(value: ir.Value, readers: Sequence[LinearNode]) -> str | None:
+def stray_reader(value: ir.Value, readers: Sequence[LinearNode]) -> str | None:
+    """Who reads a tensor beside the linears, in a sentence; None if nobody does."""
     if value.is_graph_output():
         return f"its input {value.name!r} is also an output of the graph"
     matmuls = {id(reader.matmul) for reader in readers}
@@ -65,7 +66,7 @@ def _stray_reader(value: ir.Value, readers: Sequence[LinearNode]) -> str | None:
     return None
 
 
-def _source(value: ir.Value) -> ir.Value | str:
+def source_before_casts(value: ir.Value) -> ir.Value | str:
     """The tensor before casts that only this one reads: a scale passes through a Cast unchanged."""
     while (node := value.producer()) is not None and node.op_type == "Cast":
         before = node.inputs[0]

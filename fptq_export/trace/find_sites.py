@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from fptq_export.errors import UserError
 from fptq_export.sites import FoldSite, Linear, Sites, UnmatchedLinear
+from fptq_export.trace.find_extension_sites import extension_site
 from fptq_export.trace.find_fold_sites import fold_site_or_reason
 from fptq_export.trace.find_linears import LinearNode, find_linears, name_linear_nodes
 
@@ -33,9 +34,14 @@ def sites_from_graph(model: ir.Model, modules: Mapping[str, tuple[int, int]]) ->
     for linear in linears.values():
         readers.setdefault(id(linear.input), []).append(linear)
     outcome = {key: fold_site_or_reason(group[0].input, group, linears) for key, group in readers.items()}
+    extensions = [
+        extension_site(group[0].input, group, linears)
+        for key, group in readers.items()
+        if not isinstance(outcome[key], FoldSite)
+    ]
     return Sites(
         linears=tuple(_linear_entry(linear, outcome[id(linear.input)]) for linear in linears.values()),
-        fold_sites=tuple(found for found in outcome.values() if isinstance(found, FoldSite)),
+        fold_sites=tuple(found for found in (*outcome.values(), *extensions) if isinstance(found, FoldSite)),
         unmatched=tuple(
             UnmatchedLinear(path=path, in_features=modules[path][0], out_features=modules[path][1], reason=reason)
             for path, reason in unmatched.items()

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from calib.weights import WEIGHT_METHODS, QuantizedWeight, WeightProblem
+from calib.weights.clip import quantize_clip
 from calib.weights.mse import quantize_mse
 from calib.weights.rtn import quantize_rtn
 from fptq_export import numerics
@@ -73,6 +74,18 @@ def test_mse_gains_on_groups_with_an_outlier() -> None:
     problem = WeightProblem(torch.from_numpy(weight), 16)
     plain, least = (squared_error(weight, method(problem))[0, 0] for method in (quantize_rtn, quantize_mse))
     assert least < 0.2 * plain
+
+
+def test_clip_looks_where_the_input_is() -> None:
+    """A weight of 7 on a channel that is always 0 need not get through: the others are rounded to steps of theirs."""
+    weight = torch.full((1, 16), 0.8)
+    weight[0, 0] = 7.0
+    moments = torch.ones(16)
+    moments[0] = 0.0
+    clipped = quantize_clip(WeightProblem(weight, 16, torch.diag(moments)))
+    everywhere = quantize_clip(WeightProblem(weight, 16, torch.eye(16)))
+    assert clipped.scales.item() == np.float16(0.8)
+    assert everywhere.scales.item() > 0.9
 
 
 @pytest.mark.parametrize("method", METHODS)

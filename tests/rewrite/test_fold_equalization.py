@@ -22,7 +22,10 @@ Scales = Mapping[str, NDArray[np.float32]]
 def _scales(sites: Sites, seed: int = 0, sigma: float = 1.5) -> dict[str, NDArray[np.float32]]:
     """Lognormal s for every site: channels differ by factors of a thousand."""
     rng = np.random.default_rng(seed)
-    return {site.id: rng.lognormal(sigma=sigma, size=site.channels).astype(np.float32) for site in sites.fold_sites}
+    return {
+        site.id: site.tied(rng.lognormal(sigma=sigma, size=site.channels).astype(np.float32))
+        for site in sites.fold_sites
+    }
 
 
 def _powers_of_two(sites: Sites) -> dict[str, NDArray[np.float32]]:
