@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from calib.batches import CalibrationOptions, TokenBatches, held_out_windows, token_batches
 from calib.checks import check_checkpoint
+from calib.choose_equalization import EqualizerOptions
 from calib.decide import DEFAULT_EXCLUDE, PolicyOptions, decide_policy, excluded_paths
 from calib.fake_quant import applied_policy
 from calib.hessians import HESSIANS_FILE, hessian_writer, owners_from_sites
@@ -33,7 +34,7 @@ from calib.session import TorchCausalSession
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import FptqError
-from fptq_export.policy import Policy
+from fptq_export.policy import Equalizer, Policy, WeightMethod
 from fptq_export.progress import ConsoleProgress, Progress
 from fptq_export.sites import Sites, read_sites
 from fptq_export.trace import trace
@@ -91,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", help="Hugging Face directory, hub id or .gguf file")
     parser.add_argument("--group-size", type=int, default=64, help="input channels a weight scale (default: 64)")
     parser.add_argument("--methods", nargs="+", choices=tuple(WEIGHT_METHODS), default=tuple(WEIGHT_METHODS))
+    parser.add_argument("--equalizers", nargs="+", choices=get_args(Equalizer), default=("paper",))
     parser.add_argument("--windows", type=int, default=8, help="held-out windows (default: 8)")
     parser.add_argument("--seq", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--calib-size", type=int, default=64, help="calibration windows (default: 64)")
@@ -118,7 +120,12 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         held_out_windows(tokenizer, options.windows, options.seq), options.group_size, progress,
     )  # fmt: skip
     rows = [Row("FP32", None, perplexity(setting.model, setting.windows), None)]
-    rows += [row_from_method(setting, name, signed=signed) for name in options.methods for signed in (False, True)]
+    rows += [
+        row_from_method(setting, name, equalizer, signed=signed)
+        for equalizer in options.equalizers
+        for name in options.methods
+        for signed in (False, True)
+    ]
     rows += modelopt_rows(setting, batches)
     return {
         "model": checkpoint.name,
@@ -141,11 +148,14 @@ def calibrate(checkpoint: Checkpoint, sites: Sites, batches: TokenBatches, hessi
         return observe(load, batches, linears, progress, hessians=HessianSink(owners, write))
 
 
-def row_from_method(setting: Setting, name: str, *, signed: bool) -> Row:
+def row_from_method(setting: Setting, name: WeightMethod, equalizer: Equalizer, *, signed: bool) -> Row:
     """Quantize with one method and measure both kinds of activations."""
     results: list[float] = []
     for rule in (PolicyOptions(), PER_TOKEN):
-        options = replace(rule, group_size=setting.group_size, weight_method=name, signed_scales=signed)
+        options = replace(
+            rule, group_size=setting.group_size, weight_method=name, signed_scales=signed,
+            equalization=EqualizerOptions(equalizer),
+        )  # fmt: skip
         policy, stream = decide_policy(
             setting.sites, setting.stats, setting.checkpoint, options, setting.progress, setting.hessians
         )
@@ -153,7 +163,8 @@ def row_from_method(setting: Setting, name: str, *, signed: bool) -> Row:
         arrays = stream.read_all()
         seconds = time.monotonic() - started
         results.append(perplexity_of_policy(setting, policy, arrays))
-    return Row(f"{name}, signed scales" if signed else name, seconds, *results)
+    label = name if equalizer == "paper" else f"{name}, {equalizer}"
+    return Row(f"{label}, signed scales" if signed else label, seconds, *results)
 
 
 def perplexity_of_policy(setting: Setting, policy: Policy, arrays: dict[str, NDArray[Any]]) -> float:

@@ -21,7 +21,7 @@ from fptq_export import numerics
 from fptq_export.errors import UserError
 from fptq_export.policy import Policy
 from fptq_export.progress import NoProgress
-from fptq_export.sites import Sites
+from fptq_export.sites import FoldSite, Producer, Sites
 from tests.calib.test_fake_quant import assert_same_logits, logits
 from tests.support.hessians import write_hessians
 
@@ -106,6 +106,48 @@ def test_folding_alone_leaves_the_logits(decide: Decide, sites: Sites, llama: Ch
     apply_policy(model, policy, arrays, sites, weights="float", quantize_activations=False)
     assert_same_logits(model, before)
     assert (logits(model) != before).any()
+
+
+@pytest.fixture(scope="module")
+def with_values(sites: Sites, llama: Checkpoint) -> Sites:
+    """The sites, and the value projection of each layer as the producer of what o_proj reads: 4 heads on 2 values."""
+    extensions = [
+        FoldSite(
+            id=path.replace("o_proj", "v_proj"), kind="attention_value", channels=64,
+            producers=(Producer(initializer=path.replace("o_proj", "v_proj") + ".weight", axis=1),),
+            producer_linear=path.replace("o_proj", "v_proj"), consumers=(path,), repeats=2, head_dim=16,
+        )
+        for path in (linear.path for linear in sites.linears) if path.endswith("o_proj")
+    ]  # fmt: skip
+    return sites.model_copy(update={"fold_sites": (*sites.fold_sites, *extensions)})
+
+
+@pytest.mark.parametrize("equalizer", EVERYWHERE)
+def test_values_are_equalized_with_heads_tied(
+    with_values: Sites, stats: Stats, llama: Checkpoint, tmp_path: Path, equalizer: Any
+) -> None:
+    """Query heads 0, 1 and 2, 3 share s; folding alone leaves the logits; the rule's tiers do not move."""
+    write_hessians(tmp_path / "h.safetensors", with_values)
+    wanted = PolicyOptions(group_size=16, equalization=EqualizerOptions(equalizer))
+    policy, stream = decide_policy(with_values, stats, llama, wanted, NoProgress(), tmp_path / "h.safetensors")
+    arrays = stream.read_all()
+    s = arrays[f"{LAYER}.self_attn.v_proj.equalization"].reshape(2, 2, 16)
+    assert np.array_equal(s[:, 0], s[:, 1])
+    assert len(np.unique(s)) > 1
+    assert policy.layers[OUT].activation == "per_token"
+    model: Any = model_from_checkpoint(llama, torch.float32)
+    before = logits(model)
+    apply_policy(model, policy, arrays, with_values, weights="float", quantize_activations=False)
+    assert_same_logits(model, before)
+
+
+def test_the_rule_does_not_use_extension_sites(
+    with_values: Sites, sites: Sites, stats: Stats, llama: Checkpoint
+) -> None:
+    """With and without them the paper's policy is the same: o_proj between v0 and v1 stays per token."""
+    policies = [decide_policy(s, stats, llama, PolicyOptions(), NoProgress())[0] for s in (sites, with_values)]
+    assert policies[0] == policies[1]
+    assert policies[1].layers[OUT].activation == "per_token"
 
 
 @pytest.mark.parametrize("equalizer", ["awq", "search"])

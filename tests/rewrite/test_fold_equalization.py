@@ -63,6 +63,33 @@ def test_folding_powers_of_two_changes_no_bit(
     np.testing.assert_array_equal(_logits(folded, ids), _logits(traced.model, ids))
 
 
+def test_decoding_behind_a_scaled_cache_changes_no_bit(
+    llama_fp32: Traced, ids: NDArray[np.int64], tmp_path: Path
+) -> None:
+    """Where value rows are divided the cache holds v / s, and the next call takes it as its own: equal logits."""
+    scales = _powers_of_two(llama_fp32.sites)
+    values = [site for site in llama_fp32.sites.fold_sites if site.kind == "attention_value"]
+    assert len(values) == 2
+    folded = _folded(llama_fp32, scales, tmp_path / "folded.onnx")
+    logits, caches = [], []
+    for graph in (llama_fp32.model, folded):
+        first = run(graph, causal_feed(graph, ids[:, :-1]))
+        past = {f"past_key_values{name.removeprefix('present')}": first[name] for name in first if "present" in name}
+        logits.append(run(graph, causal_feed(graph, ids[:, -1:], past), outputs=["logits"])["logits"])
+        caches.append(first["present.0.value"])
+    np.testing.assert_array_equal(logits[1], logits[0])
+    s = values[0].producer_scale(scales[values[0].id]).reshape(1, caches[0].shape[1], 1, -1)
+    np.testing.assert_array_equal(caches[1], caches[0] / s)
+
+
+def test_scales_that_differ_between_heads_of_one_value_are_refused(llama_fp32: Traced) -> None:
+    """A value row serves several query heads: it can be divided by one number only."""
+    site = next(site for site in llama_fp32.sites.fold_sites if site.repeats > 1)
+    untied = np.arange(1, site.channels + 1, dtype=np.float32)
+    with pytest.raises(ir.passes.PreconditionError, match="differs where heads share values"):
+        FoldEqualization(llama_fp32.sites, {site.id: untied})(load_graph(llama_fp32.model))
+
+
 @pytest.mark.parametrize("name", ["llama_fp32", "opt_fp32", "gemma_fp32"])
 def test_folding_wild_scales_leaves_the_logits(
     request: pytest.FixtureRequest, name: str, ids: NDArray[np.int64], tmp_path: Path
