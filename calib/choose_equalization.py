@@ -17,7 +17,7 @@ from calib.linears import LinearWeights
 from calib.search_equalization import Consumer, SiteProblem, site_error
 from calib.site_scales import rms_from_hessian, site_absmax, weight_absmax
 from fptq_export.errors import UserError
-from fptq_export.policy import Equalizer, LayerPolicy, Policy, SiteEqualization
+from fptq_export.policy import Equalizer, Policy, SiteEqualization
 from fptq_export.progress import Progress
 from fptq_export.sites import FoldSite, Sites
 
@@ -146,7 +146,11 @@ def _searched_entry(
     readers = [path for path in site.consumers if path in quantized]
     hessian = hessians.read(readers[0])
     absmax, rms = site_absmax(site, policy, maxima), rms_from_hessian(hessian)
-    consumers = [_consumer(quantized[path], path, weights) for path in readers]
+    consumers = [
+        Consumer(weights.read(path), layer.group_size, layer.signed_scales, layer.activation == "static")
+        for path in readers
+        if (layer := quantized[path]).group_size is not None
+    ]
     of_weights = weight_absmax(site, policy, weights.read) if options.equalizer == "smoothquant" else None
     problem, statistics = SiteProblem(consumers, hessian, absmax), SiteStatistics(absmax, of_weights, rms)
     static_input = options.equalizer != "awq"
@@ -162,12 +166,6 @@ def _searched_entry(
         return None, rms
     reason = f"{_described(best)} leaves {least / before:.3f} of the error without equalization"
     return best.model_copy(update={"reason": reason}), rms
-
-
-def _consumer(layer: LayerPolicy, path: str, weights: LinearWeights) -> Consumer:
-    if layer.group_size is None:
-        raise RuntimeError(f"{path} is to be quantized, but its policy has no group size")
-    return Consumer(weights.read(path), layer.group_size, layer.signed_scales, layer.activation == "static")
 
 
 def _candidates(options: EqualizerOptions, _best: SiteEqualization | None) -> Iterator[SiteEqualization]:
