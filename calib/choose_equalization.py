@@ -27,10 +27,9 @@ _RATIOS = tuple(step / 20 for step in range(1, 20))
 """The grid of AWQ's code is 0 to 0.95; 0 is no equalization."""
 _ALPHAS = tuple(step / 20 for step in range(21))
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the LAE scale, and of the root mean square; then the neighbours of the best at half the step."""
+"""Of the LAE scale, and of the root mean square. Steps half as wide did not lower SmolLM2's perplexity."""
 _LARGEST_SUM = 1.25
 """Of both exponents: beyond it channels are no longer made equal but turned around."""
-_HALF_STEP = 0.125
 
 
 @dataclass(frozen=True)
@@ -155,20 +154,20 @@ def _searched_entry(
     problem, statistics = SiteProblem(consumers, hessian, absmax), SiteStatistics(absmax, of_weights, rms)
     static_input = options.equalizer != "awq"
     before = site_error(problem, np.ones_like(absmax), static_input=static_input)
-    best, least = None, before
-    for candidates in (_candidates, _neighbours):
-        for entry in candidates(options, best):
-            s = site.tied(scale_from_formula(entry, statistics))
-            error = site_error(problem, s, static_input=static_input)
-            if error < least:
-                best, least = entry, error
+    best: SiteEqualization | None = None
+    least = before
+    for entry in _candidates(options):
+        s = site.tied(scale_from_formula(entry, statistics))
+        error = site_error(problem, s, static_input=static_input)
+        if error < least:
+            best, least = entry, error
     if best is None:
         return None, rms
     reason = f"{_described(best)} leaves {least / before:.3f} of the error without equalization"
     return best.model_copy(update={"reason": reason}), rms
 
 
-def _candidates(options: EqualizerOptions, _best: SiteEqualization | None) -> Iterator[SiteEqualization]:
+def _candidates(options: EqualizerOptions) -> Iterator[SiteEqualization]:
     if options.equalizer == "smoothquant":
         yield from (SiteEqualization(method="smoothquant", alpha=alpha) for alpha in _ALPHAS)
     elif options.equalizer == "awq":
@@ -177,18 +176,6 @@ def _candidates(options: EqualizerOptions, _best: SiteEqualization | None) -> It
         for of_lae, of_rms in product(_EXPONENTS, _EXPONENTS):
             if 0.0 < of_lae + of_rms <= _LARGEST_SUM:
                 yield SiteEqualization(method="search", lae_exponent=of_lae, rms_exponent=of_rms)
-
-
-def _neighbours(_options: EqualizerOptions, best: SiteEqualization | None) -> list[SiteEqualization]:
-    """The eight points around the best of the coarse grid of the search; nothing for other equalizers."""
-    if best is None or best.lae_exponent is None or best.rms_exponent is None:
-        return []
-    steps = (-_HALF_STEP, 0.0, _HALF_STEP)
-    return [
-        SiteEqualization(method="search", lae_exponent=best.lae_exponent + a, rms_exponent=best.rms_exponent + b)
-        for a, b in product(steps, steps)
-        if a or b
-    ]
 
 
 def _described(entry: SiteEqualization) -> str:

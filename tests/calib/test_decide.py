@@ -234,7 +234,7 @@ def test_policy_survives_the_disk(decide: Decide, tmp_path: Path) -> None:
         ({"v0": -1.0}, "v0 <= v1"),
         ({"v0": float("nan")}, "v0 <= v1"),
         ({"v1": float("inf")}, "< infinity"),
-        ({"weight_method": "best"}, "use rtn, mse, gptq"),
+        ({"weight_method": "best"}, "use rtn, mse, clip, gptq"),
         ({"weight_method": "gptq"}, "needs Hessians of the inputs"),
         ({"group_size": 48}, "choose one of 128, 64, 32, 16"),
     ],
