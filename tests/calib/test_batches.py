@@ -227,8 +227,8 @@ def test_text_without_a_tokenizer_is_refused() -> None:
         ("data.jsonl", b'["a"]\n', "no text in it"),
         ("data.npz", b"PK\x03\x04 not a zip", "not a readable .npz"),
         ("data.npz", b"", "not a readable .npz"),
-        ("data.csv", b"a,b", "not a source of calibration text"),
-        ("a folder", None, "not a source of calibration text"),
+        ("data.csv", b"a,b", "not a source of text"),
+        ("a folder", None, "not a source of text"),
     ],
 )
 def test_unreadable_source_is_refused(
