@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from fptq_export import __version__
+from fptq_export.cli.eval_arguments import EVAL_EXAMPLES, EVAL_HELP, EVAL_VERB, add_eval_options
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
@@ -25,6 +26,7 @@ VERB_HELP = {
     "verify": "model.w4a8.onnx against the FP32 model -> verify.json",
     "checkpoint": "policy -> compressed-tensors checkpoint, for llm-compressor and vLLM",
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
+    EVAL_VERB: EVAL_HELP,
 }
 _DIRECTORY_VERBS = ("rewrite", "verify", "checkpoint", "build")
 
@@ -35,6 +37,7 @@ examples:
   fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
+  fptq-export eval run/ --tasks piqa,arc_easy                              what quantization costs
   fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
   fptq-export MODEL --engine out.plan --dry-run
 
@@ -73,11 +76,24 @@ def _add_verb(verbs: argparse._SubParsersAction[Any], verb: str, text: str) -> N
         verb,
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        epilog=_EXAMPLES,
+        epilog=EVAL_EXAMPLES if verb == EVAL_VERB else _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    if verb == EVAL_VERB:
+        add_eval_options(parser)
+    else:
+        _add_road_options(parser, verb)
+    other = parser.add_argument_group("other")
+    if verb != EVAL_VERB:
+        other.add_argument(
+            "--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing"
+        )
+    other.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and library warnings")
+
+
+def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb in _DIRECTORY_VERBS:
         parser.add_argument("output", nargs="?", metavar="DIR", help="run directory written by the earlier stages")
         parser.add_argument("-o", "--output", dest="output", metavar="DIR", help="the same")
@@ -91,9 +107,6 @@ def _add_verb(verbs: argparse._SubParsersAction[Any], verb: str, text: str) -> N
     _add_verify_options(parser)
     _add_checkpoint_options(parser)
     _add_build_options(parser)
-    other = parser.add_argument_group("other")
-    other.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing")
-    other.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and library warnings")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

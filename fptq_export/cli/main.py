@@ -8,12 +8,14 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from fptq_export.cli.arguments import options_from_namespace, parser_for_cli, verb_and_arguments
+from fptq_export.cli.eval_arguments import EVAL_VERB, eval_options_from_namespace
 from fptq_export.cli.option_names import canonical_arguments
 from fptq_export.errors import ExitCode, FptqError, UserError
 from fptq_export.files import user_error_from_os_error
@@ -61,9 +63,13 @@ def _run(words: list[str], console: Console, verbose: bool) -> None:
     given = vars(parser.parse_args([verb, *canonical_arguments(rest, _known_options(parser, verb))]))
     if "max_ppl_increase" in given:
         given["max_ppl_increase"] = ratio_from_option(given["max_ppl_increase"])
-    options = options_from_namespace(verb, given)
+    command = shlex.join(["fptq-export", *words])
     if not verbose:
         _silence_libraries()
+    if verb == EVAL_VERB:
+        _evaluate(given, command, console)
+        return
+    options = options_from_namespace(verb, given)
     if given.get("dry_run"):
         from fptq_export.pipeline.dry_run import print_plan
 
@@ -74,9 +80,21 @@ def _run(words: list[str], console: Console, verbose: bool) -> None:
     from fptq_export.pipeline.summary import print_summary
     from fptq_export.progress import ConsoleProgress
 
-    command = shlex.join(["fptq-export", *words])
     manifest = run_road(verb, options, command, console, ConsoleProgress(console))
     print_summary(manifest, Console(highlight=False))
+
+
+def _evaluate(given: Mapping[str, Any], command: str, console: Console) -> None:
+    options = eval_options_from_namespace(given)
+    # The systems import torch and ONNX Runtime; help and usage errors do without.
+    from fptq_export.evaluate.run import run_eval
+    from fptq_export.evaluate.table import print_report
+    from fptq_export.progress import ConsoleProgress
+
+    report, path = run_eval(options, command, console, ConsoleProgress(console))
+    plain = Console(highlight=False)
+    print_report(report, plain)
+    plain.print(f"file: {path}", markup=False, soft_wrap=True)
 
 
 def _known_options(parser: object, verb: str) -> list[str]:

@@ -21,6 +21,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--calib-dataset": ("--dataset", "--calibration-data-path"),
     "--calib-size": ("--num-samples", "--nsamples", "--num-calib-data"),
     "--calib-seq": ("--seqlen", "--seq-len", "--calib-max-seq-length"),
+    "--text": ("--dataset", "--eval-dataset"),
+    "--task-path": ("--include-path",),
     "--policy": ("--recipe", "--layer-config", "--layer-quant-scheme"),
     "--exclude": ("--nodes-to-exclude", "--exclude-layers", "--ignore-layers", "--ignore"),
     "--min-shapes": ("--trt-min-shapes",),
