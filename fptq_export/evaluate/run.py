@@ -74,8 +74,9 @@ def run_eval(options: EvalOptions, command: str, console: Console, progress: Pro
     output = _output_directory(options)
     with ExitStack() as stack:
         stack.enter_context(output.locked())
-        if output.path != Path(options.source) and _is_run(Path(options.source)):
-            stack.enter_context(RunDirectory(Path(options.source)).locked())
+        run = Path(options.source)
+        if _is_run(run) and run.resolve() != output.path.resolve():
+            stack.enter_context(RunDirectory(run).locked())
         source = _source(options, output.path, progress)
         systems, left_out = chosen_systems(source, options.systems)
         for system, why in left_out.items():

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partialmethod
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -85,7 +86,9 @@ class LoadedTasks:
             )
         groups = {name: figures for name, figures in found.get("groups", {}).items() if name not in found["results"]}
         rows = {**found["results"], **groups}
-        return tuple(_task_result(name, rows[name], found, system) for name in rows)
+        results = (_task_result(name, rows[name], found, system) for name in rows)
+        # A group that says nothing of how to add its tasks up has no figures of its own.
+        return tuple(result for result in results if result is not None)
 
 
 def load_tasks(options: EvalOptions) -> LoadedTasks:
@@ -165,18 +168,20 @@ def _check_task(name: str, task: Any) -> None:
         refuse_sampling(task.get_config("generation_kwargs") or {}, where)
 
 
-def _task_result(name: str, row: Mapping[str, Any], found: Mapping[str, Any], system: System) -> TaskResult:
+def _task_result(name: str, row: Mapping[str, Any], found: Mapping[str, Any], system: System) -> TaskResult | None:
     directions = found["higher_is_better"].get(name, {})
     metrics = []
     for key, value in row.items():
         metric, comma, way = key.partition(",")
-        if not comma or metric.endswith("_stderr"):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
             continue
         stderr = row.get(f"{metric}_stderr,{way}")
-        figures = MetricFigures(value=float(value), stderr=float(stderr) if isinstance(stderr, int | float) else None)
+        figures = MetricFigures(value=float(value), stderr=float(stderr) if isinstance(stderr, Real) else None)
         metrics.append(
             MetricResult(metric=metric, filter=way, higher_is_better=directions.get(metric), figures={system: figures})
         )
+    if not metrics:
+        return None
     version = found["versions"].get(name)
     return TaskResult(
         task=name,

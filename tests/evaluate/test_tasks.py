@@ -95,6 +95,11 @@ def test_group_has_the_mean_of_its_tasks(tiny: Tiny) -> None:
     assert values(group)["acc"] == mean
 
 
+def test_group_without_a_sum_shows_its_tasks_alone(tiny: Tiny) -> None:
+    """A group whose file does not say how its tasks add up is no row of empty figures."""
+    assert [result.task for result in results(tiny, "tiny_plain_group", limit=1)] == ["tiny_choice"]
+
+
 def test_limit_takes_the_first_documents(tiny: Tiny) -> None:
     """A quick look says how many documents it saw; without closed form or with one document there is no error bar."""
     (result,) = results(tiny, "tiny_choice", limit=1)
