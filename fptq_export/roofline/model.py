@@ -30,7 +30,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MIN_TILES_PER_SPLIT = 4
 """kSplits and kMinTilesPerSplit of plugins/src/config.cpp."""
 QUANTIZE_INSTRUCTIONS = 20.0
-"""Of a lane for one element of x, in the GEMV, where every block quantizes its rows. As in config.cpp; estimated."""
+"""Of a lane for one element of x, in the GEMV, where every block quantizes its rows. As in modelled_time.cpp; estimated."""
 
 
 @dataclass(frozen=True)

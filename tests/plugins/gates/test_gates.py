@@ -83,8 +83,9 @@ def test_every_kernel_is_seen(architecture: str) -> None:
     schemes = [(name.lower(), int(group)) for name, group in re.findall(r"FPTQ_SCHEME\(FPTQ_(\w+), (\d+)\)", text)]
     expected = {kernels.GemmKernel(a, b, c, d, e, *scheme) for a, b, c, d, e in tiles for scheme in schemes}
     too_large = {k for k in expected if k.folds and k.warp_m * k.warp_n > (1024 if k.group_size == 16 else 2048)}
+    too_slow = {k for k in expected if (k.scheme, k.group_size, k.warp_m, k.warp_n) == ("two_level", 16, 64, 32)}
     names = code_of("w4a8_gemm.cu", architecture)[0]
-    assert {kernels.gemm_from_name(name) for name in names} - {None} == expected - too_large
+    assert {kernels.gemm_from_name(name) for name in names} - {None} == expected - too_large - too_slow
     vectors = {kernels.GemvKernel(rows, scheme, group) for rows in range(1, 5) for scheme, group in schemes}
     assert {kernels.gemv_from_name(name) for name in code_of("w4a8_gemv.cu", architecture)[0]} - {None} == vectors
 
