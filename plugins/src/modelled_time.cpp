@@ -76,15 +76,19 @@ int registers_of(const FptqGemmDesc& desc, const FptqGemmConfig& c) {
 }
 
 /*
- * Instructions that are no tensor-core step, for each step: conversion and scale pairs, folding, copies and
- * addresses. Fitted to the machine code (fptq_export/roofline/instructions.json has the exact counts).
+ * Instructions that are no tensor-core step, for each step: conversion and scale pairs, folding, operands, and
+ * what a k tile takes whatever its size. The sum of tests/plugins/gates/budgets.py, with what nvcc 13.0 spends
+ * on 8.0 where that has what it may spend (fptq_export/roofline/instructions.json has the exact counts).
  */
 double other_instructions(const FptqGemmDesc& desc, const FptqGemmConfig& c) {
-  const double pairs = desc.scheme == FPTQ_TWO_LEVEL ? std::min(2.0, 32.0 / desc.group_size) : 0.0;
-  const double conversion = ((desc.scheme == FPTQ_TWO_LEVEL ? 5.0 : 3.0) + 3.0 * pairs) * 16.0 / c.warp_m;
-  const double fold = desc.scheme == FPTQ_GROUP ? 10.0 * 32.0 / desc.group_size : 0.0;
-  const double loads = 12.0 * 16.0 / c.warp_m * 8.0 / c.warp_n + 0.7;
-  return conversion + fold + loads;
+  const double sixteens = c.warp_m / 16.0;
+  const double groups = desc.group_size > 0 ? 32.0 / desc.group_size : 0.0;
+  const double pairs = desc.scheme == FPTQ_TWO_LEVEL ? std::min(2.0, groups) : 0.0;
+  const double conversion = ((desc.scheme == FPTQ_TWO_LEVEL ? 5.0 : 3.0) + 2.125 * pairs) / sixteens;
+  const double fold = desc.scheme == FPTQ_GROUP ? (10.5 + 3.0 / sixteens) * groups : 0.0;
+  const double operands = 8.0 / c.warp_n + 8.0 / c.warp_m;
+  const double tile = desc.group_size > 0 ? 21.0 : 15.0;
+  return conversion + fold + operands + tile * 64.0 / (c.warp_m * c.warp_n);
 }
 
 double weight_bytes(const FptqGemmDesc& desc) {

@@ -105,7 +105,7 @@ MUTATIONS = (
     Mutation("two_level: pairs of the first group of the tile only", GEMM, "scale(group_row, j)", "scale(0, j)"),
     Mutation("two_level: pairs loaded as they lie", PAIRS, "ldmatrix_x4_trans", "ldmatrix_x4"),
     Mutation("two_level: pairs of the neighbouring fragment", PAIRS, "number % 2 == 0", "number % 2 == 1"),
-    Mutation("two_level: registers of pairs in another order", PAIRS, "% kPairsPerLoad / 2]", "% kPairsPerLoad / 2 ^ 1]"),
+    Mutation("two_level: pairs of another register", PAIRS, "% kPairsPerLoad / 2]", "% kPairsPerLoad / 2 ^ 1]"),
     Mutation("two_level: every warp reads the first channels", PAIRS, "+ first_channel", "+ 0 * first_channel"),
     Mutation("two_level: the second load repeats the first", PAIRS, "smem_lane + i *", "smem_lane + 0 * i *"),
     Mutation("two_level: factor for offset", SCHEME, "replicate_byte<2 * kHalf + 1>", "replicate_byte<2 * kHalf>"),

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.plugins.emulation.cases import SCHEMES, bias_of, is_offered, generator, random_x
+from tests.plugins.emulation.cases import SCHEMES, bias_of, generator, is_offered, random_x
 from tests.plugins.emulation.expected import check_quantized
 from tests.plugins.emulation.harness import GEMV, TILES, Config, Kernels, gemm, gemv, quantize
 from tests.plugins.emulation.weights import GROUP, PER_CHANNEL, TWO_LEVEL, plain_weight, random_weight, two_level_weight
