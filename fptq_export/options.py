@@ -28,6 +28,8 @@ class RunOptions(BaseModel):
     """`tensorrt`, `tensorrt-rtx`, `onnx`; None picks what this machine can build."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Type of everything that is not quantized."""
+    rotate: bool = False
+    """Rotate the residual stream by a Hadamard matrix, fused into the weights, before anything else."""
     policy: str = "paper"
     """`paper`, or a policy.json to replay."""
     v0: float = Field(default=15.0, ge=0.0, allow_inf_nan=False)

@@ -112,6 +112,11 @@ def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
+    group.add_argument(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        help="rotate the residual stream by a Hadamard matrix first, exactly: fewer outlier channels [no]",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument(
         "--keep", action=argparse.BooleanOptionalAction, help="keep model.onnx and model.qdq.onnx after the run [keep]"

@@ -30,6 +30,8 @@ def print_plan(verb: str, options: RunOptions, console: Console) -> None:
     table.add_column("about", justify="right")
     expected = estimated_sizes(sizes, options)
     for stage in VERBS[verb]:
+        if stage == "rotate" and not options.rotate:
+            continue
         if stage == "interchange" and options.checkpoint is None:
             continue
         if stage == "build" and (options.engine is None or target is Target.ONNX):
@@ -52,6 +54,7 @@ def estimated_sizes(sizes: ModelSizes, options: RunOptions) -> dict[str, tuple[s
     unpacked = options.checkpoint_format == "int-quantized"
     return {
         "load": ("", 0),
+        "rotate": (str(directory.rotated), sizes.parameters * _BYTES["fp32"]),
         "trace": (str(directory.model), sizes.parameters * width),
         "calibrate": (str(directory.stats), 0),
         "policy": (str(directory.policy), packed),

@@ -1,6 +1,6 @@
 """The one-way road, and the only module that knows its order.
 
-load -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
+load -> rotate -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -22,10 +22,10 @@ from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
 from fptq_export.pipeline.check_options import check_options, replays
 from fptq_export.pipeline.environment import environment, library_versions
+from fptq_export.pipeline.models import RunModels, rotated_files, weight_files
 from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
-from fptq_export.pipeline.tokenizer_files import tokenizer_files
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
@@ -35,23 +35,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ROAD", "VERBS", "run_road"]
 
-ROAD = ("load", "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
+ROAD = ("load", "rotate", "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
 VERBS: Mapping[str, tuple[str, ...]] = {
     "run": ROAD,
-    "trace": ("load", "trace"),
-    "calibrate": ("load", "calibrate", "policy"),
+    "trace": ("load", "rotate", "trace"),
+    "calibrate": ("load", "rotate", "calibrate", "policy"),
     "rewrite": ("rewrite",),
     "verify": ("verify",),
     "checkpoint": ("interchange",),
     "build": ("build",),
 }
 """Stages each verb runs; a verb needs the files of the stages before its own."""
-
-_GRAPH_DTYPES: Mapping[str, Literal["float16", "bfloat16", "float32"]] = {
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp32": "float32",
-}
 
 
 def run_road(verb: str, options: RunOptions, command: str, console: Console, progress: Progress) -> Manifest:
@@ -103,6 +97,7 @@ class _Road:
         self._dir = directory
         self._runner = runner
         self._progress = progress
+        self._models = RunModels(options, directory, progress)
         self.target = target_from_option(options.target)
         self.stages: Mapping[str, Callable[[], None]] = {name: getattr(self, f"_{name}") for name in ROAD}
 
@@ -110,27 +105,17 @@ class _Road:
     def _replays(self) -> bool:
         return replays(self._options)
 
-    @cached_property
+    @property
     def _checkpoint(self) -> Checkpoint:
-        from calib.load import checkpoint_from_model
-
-        return checkpoint_from_model(
-            self._options.model,
-            workdir=self._dir.path,
-            trust_remote_code=self._options.trust_remote_code,
-            progress=self._progress,
-        )
+        return self._models.quantized
 
     @cached_property
     def _weight_files(self) -> tuple[Path, ...]:
-        files = {entry.file for entry in self._checkpoint.tensors.values()}
-        if self._checkpoint.given is not None:
-            files.add(self._checkpoint.given.path)
-        return (self._checkpoint.directory / "config.json", *sorted(files))
+        return weight_files(self._checkpoint)
 
-    @cached_property
+    @property
     def _tokenizer_files(self) -> tuple[Path, ...]:
-        return tokenizer_files(self._checkpoint.directory)
+        return self._models.tokenizer_files
 
     @cached_property
     def _sites(self) -> Sites:
@@ -151,21 +136,25 @@ class _Road:
         return self._options.model_dump(mode="json", include=set(names))
 
     def _load(self) -> None:
-        from calib.checks import check_checkpoint
-
         needs_text = self._options.verify or not (self._replays or self._options.calib_dataset == "random")
+        parts = {**self._option_parts("dtype", "rotate"), "needs_text": needs_text}
+        inputs = self._models.source_files()
+        self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
 
-        def run() -> None:
-            check_checkpoint(
-                self._checkpoint, self._progress, dtype=_GRAPH_DTYPES[self._options.dtype], needs_tokenizer=needs_text
-            )
+    def _rotate(self) -> None:
+        from calib.rotation import write_rotated
 
-        source = Path(self._options.model)
-        # A GGUF file is converted when the checkpoint is first used, so that the time is this stage's.
-        converted = source.suffix == ".gguf" and source.is_file()
-        inputs = (source,) if converted else (*self._weight_files, *self._tokenizer_files)
-        parts = {**self._option_parts("dtype"), "needs_text": needs_text}
-        self._stage("load", parts, inputs, (), run)
+        if not self._options.rotate:
+            self._runner.skip("rotate")
+            return
+        given, copies = self._models.given, self._models.companions()
+        self._stage(
+            "rotate",
+            {},
+            (*weight_files(given), *copies),
+            rotated_files(self._dir, copies),
+            lambda: write_rotated(given, self._dir.rotated, copies, self._progress),
+        )
 
     def _trace(self) -> None:
         from fptq_export.trace import trace
@@ -276,12 +265,14 @@ class _Road:
             return
 
         def run() -> None:
-            write_json_model(verify(self._checkpoint, self._dir.w4a8, self._options, self._progress), self._dir.verify)
+            write_json_model(
+                verify(self._models.given, self._dir.w4a8, self._options, self._progress), self._dir.verify
+            )
 
         self._stage(
             "verify",
             {**self._option_parts("eval_windows", "eval_seq", "decode_steps"), "python": platform.python_version()},
-            (self._dir.w4a8, data_path(self._dir.w4a8), *self._weight_files, *self._tokenizer_files),
+            (self._dir.w4a8, data_path(self._dir.w4a8), *weight_files(self._models.given), *self._tokenizer_files),
             (self._dir.verify,),
             run,
         )

@@ -21,6 +21,11 @@ class RunDirectory:
     path: Path
 
     @property
+    def rotated(self) -> Path:
+        """The rotated model, a Hugging Face directory; only with `--rotate`."""
+        return self.path / "rotated"
+
+    @property
     def model(self) -> Path:
         """The traced graph in float."""
         return self.path / "model.onnx"
