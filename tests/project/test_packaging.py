@@ -35,6 +35,7 @@ DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENS
 PACKAGES = {
     "calib",
     "calib/interchange",
+    "calib/rotation",
     "calib/text",
     "calib/weights",
     "fptq_export",
