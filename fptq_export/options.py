@@ -35,7 +35,7 @@ class RunOptions(BaseModel):
     v0: float = Field(default=15.0, ge=0.0, allow_inf_nan=False)
     v1: float = Field(default=150.0, ge=0.0, allow_inf_nan=False)
     group_size: Literal[128, 64, 32, 16] = 128
-    weight_method: Literal["rtn", "mse", "gptq", "gptq+cd", "two_level", "integer_scale"] = "rtn"
+    weight_method: Literal["rtn", "mse", "gptq", "gptq+cd", "adaround", "two_level", "integer_scale"] = "rtn"
     signed_scales: bool = False
     """Let group scales be negative, so that all 16 levels are used; needs `plugin` on."""
     exclude: tuple[str, ...] = ("lm_head",)

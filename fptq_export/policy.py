@@ -49,7 +49,7 @@ GROUP_SIZES = (128, 64, 32, 16)
 
 Activation = Literal["static", "lae_static", "per_token"]
 Precision = Literal["w4a8", "float"]
-WeightMethod = Literal["rtn", "mse", "gptq", "gptq+cd", "two_level", "integer_scale", "given"]
+WeightMethod = Literal["rtn", "mse", "gptq", "gptq+cd", "adaround", "two_level", "integer_scale", "given"]
 """`given`: codes and scales are those of a checkpoint that was quantized before; no option selects it."""
 
 

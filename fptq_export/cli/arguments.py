@@ -149,7 +149,7 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
     )
     group.add_argument(
-        "--weight-method", metavar="NAME", help="rtn, mse, gptq, gptq+cd, two_level or integer_scale [rtn]"
+        "--weight-method", metavar="NAME", help="rtn, mse, gptq, gptq+cd, adaround, two_level or integer_scale [rtn]"
     )
     group.add_argument(
         "--signed-scales",
