@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import NoProgress
 from fptq_export.rewrite import RewritePaths, lower_for_tensorrt, rewrite
-from tests.support.models import model_once, tiny_gemma
 from tests.support.policies import measured_absmax, mixed_tiers, rtn_policy
-from tests.support.traced import Traced, traced_once
+from tests.support.traced import Traced
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,12 +39,6 @@ class Rewritten:
 def ids() -> NDArray[np.int64]:
     """Tokens to calibrate with and to compare on, [2, 8]."""
     return np.random.default_rng(7).integers(0, 512, (2, 8))
-
-
-@pytest.fixture(scope="session")
-def gemma_fp32(make_model_dir: ModelDirFactory) -> Traced:
-    """Norms that multiply by 1 + w, tied head; one layer."""
-    return traced_once(model_once(make_model_dir, tiny_gemma()), "fp32")
 
 
 @pytest.fixture(scope="session")
