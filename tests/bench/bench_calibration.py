@@ -70,6 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         for name in OURS + PEERS:
             now = figures_of(name, options)
             figures[name] = best(figures.get(name, now), now)
+            console.print(f"{name}: {now.wall_seconds:.1f} s, {now.peak_bytes / 1e6:.0f} MB", highlight=False)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("nvidia-modelopt", "torch", "transformers"))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads"
     console.print(f"{machine}; {versions}", highlight=False)
