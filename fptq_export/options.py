@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 __all__ = ["RunOptions"]
 
@@ -48,6 +48,10 @@ class RunOptions(BaseModel):
     batch_size: NonNegativeInt = 0
     """Samples in one forward pass of calibration; 0 picks one."""
     seed: NonNegativeInt = 0
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Runs the decoder blocks in calibration: `auto`, `cpu`, `cuda` or `cuda:1`."""
+    max_memory: ByteSize | None = None
+    """Bytes of hidden states that calibration holds in memory, in each process; the rest lies on disk."""
     verify: bool = True
     eval_windows: PositiveInt = 8
     """Windows of held-out text for perplexity."""

@@ -38,6 +38,7 @@ examples:
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export eval run/ --tasks piqa,arc_easy                              what quantization costs
+  torchrun --nproc-per-node 4 -m fptq_export MODEL -o run/                 calibrate in four processes
   fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
   fptq-export MODEL --engine out.plan --dry-run
 
@@ -134,6 +135,12 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
     group.add_argument("--batch-size", type=int, metavar="N", help="samples in one forward pass; 0 picks one [0]")
     group.add_argument("--seed", type=int, metavar="N", help="seed of the sample choice [0]")
+    group.add_argument(
+        "--device", metavar="NAME", help="auto, cpu, cuda or cuda:1: runs the blocks [auto: a GPU if there is one]"
+    )
+    group.add_argument(
+        "--max-memory", metavar="SIZE", help="hidden states above it, e.g. 4GiB, lie on disk [all in memory]"
+    )
 
 
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:

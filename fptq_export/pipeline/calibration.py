@@ -2,38 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calib.batches import CalibrationOptions, token_batches
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from calib.batches import CalibrationOptions, TokenBatches, token_batches
 from calib.decide import PolicyOptions, decide_policy, excluded_paths
+from calib.devices import device_from_option
 from calib.hessians import hessian_writer, owners_from_sites
 from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
-from calib.observe import HessianSink, observe
+from calib.observe import Execution, HessianSink, observe
+from calib.ranks import Ranks, share_of_rank
 from calib.replay import replay_policy
+from calib.state import CalibrationState
 from calib.stats import read_stats, write_stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
+from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import Policy, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
-__all__ = ["calibrate", "decide", "needs_hessians", "replay", "summary_from_policy"]
+__all__ = ["Job", "calibrate", "decide", "measure", "needs_hessians", "replay", "summary_from_policy"]
+
+
+class Job(BaseModel):
+    """What every rank has to know to measure its share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    options: RunOptions
+    key: str
+    """Of the stage: what an earlier process finished is used if it worked on the same."""
+    linears: tuple[str, ...]
+    owners: dict[str, str] | None
+    """Linear -> the linear that its Hessian is kept under; None where no Hessians are measured."""
+    in_features: dict[str, int]
+    """Size of the Hessian of each owner."""
+    shape: tuple[int, int]
+    """Windows, and tokens in a window."""
+    description: str
+    sha256: str
 
 
 def calibrate(
     checkpoint: Checkpoint,
     sites: Sites,
     options: RunOptions,
-    stats_path: Path,
     hessians_path: Path | None,
+    key: str,
+    ranks: Ranks,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
+    batches = _batches(checkpoint, options)
+    paths = [linear.path for linear in sites.linears]
+    excluded = excluded_paths(paths, options.exclude)
+    linears = [path for path in paths if path not in excluded]
+    if not linears:
+        reasons = "; ".join(dict.fromkeys(linear.reason for linear in sites.unmatched)) or "all are excluded"
+        raise UserError(
+            checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
+        )
+    owners = None if hessians_path is None else owners_from_sites(sites, linears)
+    job = Job(
+        options=options,
+        key=key,
+        linears=tuple(linears),
+        owners=owners,
+        in_features={owner: sites.linear(owner).in_features for owner in (owners or {}).values()},
+        shape=batches.tokens.shape,
+        description=batches.description,
+        sha256=batches.sha256,
+    )
+    share_of_rank(len(batches.tokens), 1, ranks)
+    ranks.offer(job.model_dump_json())
+    ranks.broadcast_(torch.from_numpy(batches.tokens))
+    with ranks.together():
+        pass  # the others open the model
+    device = measure(job, checkpoint, batches, ranks, progress)
+    return {"data": batches.description, "tokens": batches.count, "device": device, "processes": ranks.size}
+
+
+def _batches(checkpoint: Checkpoint, options: RunOptions) -> TokenBatches:
     wanted = CalibrationOptions(
         dataset=options.calib_dataset,
         size=options.calib_size,
@@ -43,31 +100,61 @@ def calibrate(
     )
     needs_no_text = options.calib_dataset == "random" or options.calib_dataset.endswith(".npz")
     tokenizer = None if needs_no_text else tokenizer_from_checkpoint(checkpoint)
-    batches = token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
-    paths = [linear.path for linear in sites.linears]
-    excluded = excluded_paths(paths, options.exclude)
-    linears = [path for path in paths if path not in excluded]
-    if not linears:
-        reasons = "; ".join(dict.fromkeys(linear.reason for linear in sites.unmatched)) or "all are excluded"
-        raise UserError(
-            checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
-        )
+    return token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
+
+
+def measure(job: Job, checkpoint: Checkpoint, batches: TokenBatches, ranks: Ranks, progress: Progress) -> str:
+    """Measure this rank's share; rank 0 writes what all have measured.
+
+    Returns:
+        The device it ran on.
+
+    Raises:
+        UserError: Anything the user can mend, on this rank.
+        AnotherRankError: Another rank failed.
+    """
+    directory = RunDirectory(job.options.output)
+    device = _device(job.options, ranks)
+    state = CalibrationState(directory.calibration_state, job.key, ranks, hessians=job.owners is not None)
+    execution = Execution(device, ranks, state, job.options.max_memory)
     load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
-    with _hessian_sink(sites, linears, hessians_path) as sink:
-        stats = observe(load, batches, linears, progress, options.batch_size, sink)
-    write_stats(stats, stats_path)
-    return {"data": batches.description, "tokens": batches.count}
+    with _hessian_sink(job, directory.hessians, state) as sink:
+        stats = observe(load, batches, job.linears, progress, job.options.batch_size, sink, execution)
+    with ranks.together():
+        if ranks.rank == 0:
+            write_stats(stats, directory.stats)
+    state.remove()
+    return device.type
+
+
+def _device(options: RunOptions, ranks: Ranks) -> torch.device:
+    """The device of this rank; GPUs for all ranks or for none."""
+    with ranks.together():
+        device = device_from_option(options.device, ranks.local_rank, ranks.local_size)
+    everywhere = torch.tensor([device.type == "cuda"], dtype=torch.int64)
+    ranks.min_(everywhere)
+    with ranks.together():
+        if device.type == "cuda" and not everywhere:
+            cause = "some of the processes see a GPU, others see none"
+            raise UserError(f"--device {options.device}", cause, "use --device cpu, or machines that all have GPUs")
+    if device.type == "cuda":
+        ranks.use_gpu()
+    return device
 
 
 @contextmanager
-def _hessian_sink(sites: Sites, linears: Sequence[str], path: Path | None) -> Iterator[HessianSink | None]:
-    if path is None:
+def _hessian_sink(job: Job, path: Path, state: CalibrationState) -> Iterator[HessianSink | None]:
+    """Where Hessians go: into the file on rank 0, nowhere on others."""
+    if job.owners is None:
         yield None
         return
-    owners = owners_from_sites(sites, linears)
-    in_features = {owner: sites.linear(owner).in_features for owner in dict.fromkeys(owners.values())}
-    with hessian_writer(path, in_features) as write:
-        yield HessianSink(owners, write)
+    if state.hessians is None:
+        yield HessianSink(job.owners, lambda _path, _hessian: None)
+        return
+    finished = set(state.stats.channel_absmax) if state.stats is not None else set()
+    written = finished & set(job.in_features)
+    with hessian_writer(path, job.in_features, draft=state.hessians, written=written) as write:
+        yield HessianSink(job.owners, write)
 
 
 def needs_hessians(options: RunOptions) -> bool:

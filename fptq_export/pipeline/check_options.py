@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from calib.ranks import ALONE, Ranks, share_of_rank
 from fptq_export.build.memory_pools import mem_pools_from_option
 from fptq_export.build.targets import Target, check_target
 from fptq_export.errors import UserError
@@ -20,13 +21,14 @@ def replays(options: RunOptions) -> bool:
     return options.policy != "paper"
 
 
-def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) -> None:
+def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], ranks: Ranks = ALONE) -> None:
     """Refuse what cannot work.
 
     Args:
         options: Each of them valid on its own.
         target: What the engine is built for.
         stages: The stages of the verb.
+        ranks: Processes that calibrate together.
 
     Raises:
         UserError: Names the option, the cause and the way out.
@@ -40,12 +42,26 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) 
         raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
     if replays(options):
         _check_replayed_policy(options)
+    _check_execution(options, ranks, calibrates="calibrate" in stages and not replays(options))
     if stages == ("interchange",) and options.checkpoint is None:
         raise UserError("--checkpoint", "is missing", "say where the checkpoint goes: --checkpoint out/")
     if "interchange" in stages:
         check_checkpoint_options(options)
     if "build" in stages:
         _check_build(options, target, only_verb=stages == ("build",))
+
+
+def _check_execution(options: RunOptions, ranks: Ranks, *, calibrates: bool) -> None:
+    if ranks.size > 1 and not calibrates:
+        where = f"torchrun with {ranks.size} processes"
+        raise UserError(where, "this run does not calibrate, and all else is one process", "start it without torchrun")
+    if not calibrates:
+        return
+    share_of_rank(options.calib_size, 1, ranks)
+    if options.device != "auto":
+        from calib.devices import device_from_option  # torch, which other verbs do without
+
+        device_from_option(options.device, ranks.local_rank, ranks.local_size)
 
 
 def _check_replayed_policy(options: RunOptions) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from calib.ranks import ALONE, Ranks
 from fptq_export import __version__
 from fptq_export.build.targets import module_name, target_from_option
 from fptq_export.files import remove_partial_files, write_json_model
@@ -48,7 +49,9 @@ VERBS: Mapping[str, tuple[str, ...]] = {
 """Stages each verb runs; a verb needs the files of the stages before its own."""
 
 
-def run_road(verb: str, options: RunOptions, command: str, console: Console, progress: Progress) -> Manifest:
+def run_road(
+    verb: str, options: RunOptions, command: str, console: Console, progress: Progress, ranks: Ranks = ALONE
+) -> Manifest:
     """Run the stages of a verb, skipping those whose result is already there.
 
     Args:
@@ -57,6 +60,7 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
         command: The command line, for the manifest.
         console: Where stages report.
         progress: Where long work reports.
+        ranks: Processes that calibrate together, of which this is the first.
 
     Returns:
         The manifest of the run directory.
@@ -71,8 +75,8 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
         remove_partial_files(directory.path)
         runner = StageRunner(directory.path, _manifest(options, command), console)
         write_manifest(runner.manifest, directory.path)
-        road = _Road(options, directory, runner, progress)
-        check_options(options, road.target, VERBS[verb])
+        road = _Road(options, directory, runner, progress, ranks)
+        check_options(options, road.target, VERBS[verb], ranks)
         for name in VERBS[verb]:
             road.stages[name]()
     return runner.manifest
@@ -92,12 +96,15 @@ def _manifest(options: RunOptions, command: str) -> Manifest:
 class _Road:
     """The stages of one run. Heavy libraries are imported by the stage that needs them."""
 
-    def __init__(self, options: RunOptions, directory: RunDirectory, runner: StageRunner, progress: Progress) -> None:
+    def __init__(
+        self, options: RunOptions, directory: RunDirectory, runner: StageRunner, progress: Progress, ranks: Ranks
+    ) -> None:
         self._options = options
         self._dir = directory
         self._runner = runner
         self._progress = progress
         self._models = RunModels(options, directory, progress)
+        self._ranks = ranks
         self.target = target_from_option(options.target)
         self.stages: Mapping[str, Callable[[], None]] = {name: getattr(self, f"_{name}") for name in ROAD}
 
@@ -198,8 +205,9 @@ class _Road:
                 self._checkpoint,
                 self._sites,
                 self._options,
-                self._dir.stats,
                 next(iter(self._hessian_files), None),
+                self._runner.running_key,
+                self._ranks,
                 self._progress,
             ),
         )

@@ -46,6 +46,11 @@ class RunDirectory:
         return self.path / "hessians.safetensors"
 
     @property
+    def calibration_state(self) -> Path:
+        """What a calibration that is not finished has measured; a folder."""
+        return self.path / "calibration-state"
+
+    @property
     def policy(self) -> Path:
         """The readable half of the policy."""
         return self.path / "policy.json"

@@ -66,6 +66,8 @@ class StageRunner:
         self._console = console
         self._producers: dict[Path, Stage] = {}
         self.manifest = manifest
+        self.running_key = ""
+        """Key of the stage that runs: what it leaves unfinished belongs to it."""
 
     def run(self, stage: Stage) -> StageRecord:
         """Run a stage, or skip it. Returns its record."""
@@ -160,6 +162,7 @@ class StageRunner:
         remove_partial_files(self._directory)
         for path in set(stage.outputs) - set(stage.inputs):
             path.unlink(missing_ok=True)
+        self.running_key = key
         started = time.monotonic()
         with PeakMemory() as memory:
             summary = stage.run()
