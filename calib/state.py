@@ -4,9 +4,9 @@
     DIRECTORY/rank-0-of-1/state.json        how many blocks are finished, for which key
     DIRECTORY/rank-0-of-1/after-7/          statistics and hidden states after 7 blocks
 
-Each rank keeps its own share. `state.json` is replaced in one step when everything it names is written. What came before
-it is removed when all ranks have replaced theirs, so the number of blocks that all have finished is always there.
-It survives the end of a process, not a loss of power: nothing waits for the disk.
+Each rank keeps its own share. `state.json` is replaced in one step when everything it names is written. What came
+before is removed when all ranks have replaced theirs, so the last block that all have finished can always be found. The
+state survives the end of a process, not a loss of power: nothing waits for the disk.
 """
 
 from __future__ import annotations
