@@ -176,3 +176,18 @@ def test_the_record_says_what_was_measured(workshop: Workshop) -> None:
     assert record.peak_memory_bytes > 1 << 20
     assert [file.path for file in (*record.inputs, *record.outputs)] == ["source", "middle"]
     assert {len(file.sha256) for file in (*record.inputs, *record.outputs)} == {64}
+
+
+def test_a_running_stage_knows_its_key(workshop: Workshop) -> None:
+    """What it leaves unfinished can be told from that of other options."""
+    runner = workshop.runner()
+    seen: list[str] = []
+
+    def work() -> Mapping[str, Any]:
+        seen.append(runner.running_key)
+        return {}
+
+    for parts in ({}, {"seed": 1}):
+        stage = Stage("copy", parts, (), (), work)
+        assert runner.run(stage).key == seen[-1]
+    assert seen[0] != seen[1]
