@@ -102,8 +102,11 @@ def observe(
         if not stream.count:
             task.advance(tokens.numel())
     missing = [path for path in linears if path not in inputs.absmax]
-    if missing:
-        raise UserError(f"layer {missing[0]}", "never ran in calibration", "calibrate on more text, or --exclude it")
+    with ranks.together():
+        if missing:
+            raise UserError(
+                f"layer {missing[0]}", "never ran in calibration", "calibrate on more text, or --exclude it"
+            )
     return inputs.stats(linears)
 
 

@@ -35,7 +35,7 @@ class Ranks(Protocol):
     def local_size(self) -> int:
         """Processes on this machine."""
 
-    def use_gpu(self) -> None:
+    def use_gpu(self, device: torch.device) -> None:
         """Let tensors on GPUs be reduced; every rank has a GPU of its own."""
 
     def max_(self, tensor: torch.Tensor) -> None:
@@ -66,7 +66,7 @@ class OneProcess:
     rank = local_rank = 0
     size = local_size = 1
 
-    def use_gpu(self) -> None:
+    def use_gpu(self, device: torch.device) -> None:
         """Do nothing."""
 
     def max_(self, tensor: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ from fptq_export.files import read_json_model, write_json_model
 
 __all__ = ["CalibrationState"]
 
-_STATS = "stats.safetensors"
+_STATS = "measured.safetensors"
 _HESSIANS = "hessians.safetensors"
 
 

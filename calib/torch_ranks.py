@@ -54,8 +54,9 @@ class TorchRanks:
         """Processes on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
-    def use_gpu(self) -> None:
+    def use_gpu(self, device: torch.device) -> None:
         """Let tensors on GPUs be reduced; every rank has one of its own."""
+        torch.cuda.set_device(device)
         with self._connection():
             self._gpu_group = dist.new_group(backend="nccl", timeout=_TIMEOUT)
 

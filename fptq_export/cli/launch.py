@@ -43,7 +43,7 @@ def connected() -> Iterator[Ranks]:
     ranks = TorchRanks(int(os.environ["RANK"]), int(size))
     try:
         yield ranks
-    except Exception:
+    except (Exception, SystemExit):  # not an interrupt: that one comes to all processes
         ranks.close()
         raise
     ranks.close()

@@ -120,9 +120,9 @@ def measure(job: Job, checkpoint: Checkpoint, batches: TokenBatches, ranks: Rank
     load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
     with _hessian_sink(job, directory.hessians, state) as sink:
         stats = observe(load, batches, job.linears, progress, job.options.batch_size, sink, execution)
-    with ranks.together():
-        if ranks.rank == 0:
-            write_stats(stats, directory.stats)
+        with ranks.together():
+            if ranks.rank == 0:
+                write_stats(stats, directory.stats)
     state.remove()
     return device.type
 
@@ -138,7 +138,7 @@ def _device(options: RunOptions, ranks: Ranks) -> torch.device:
             cause = "some of the processes see a GPU, others see none"
             raise UserError(f"--device {options.device}", cause, "use --device cpu, or machines that all have GPUs")
     if device.type == "cuda":
-        ranks.use_gpu()
+        ranks.use_gpu(device)
     return device
 
 

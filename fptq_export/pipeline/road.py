@@ -99,12 +99,9 @@ class _Road:
     def __init__(
         self, options: RunOptions, directory: RunDirectory, runner: StageRunner, progress: Progress, ranks: Ranks
     ) -> None:
-        self._options = options
-        self._dir = directory
-        self._runner = runner
-        self._progress = progress
+        self._options, self._dir, self._runner = options, directory, runner
+        self._progress, self._ranks = progress, ranks
         self._models = RunModels(options, directory, progress)
-        self._ranks = ranks
         self.target = target_from_option(options.target)
         self.stages: Mapping[str, Callable[[], None]] = {name: getattr(self, f"_{name}") for name in ROAD}
 
@@ -193,23 +190,20 @@ class _Road:
         if self._replays:
             self._runner.skip("calibrate")
             return
-        source = Path(self._options.calib_dataset)
-        files = (source,) if source.is_file() else ()
+        files = tuple(path for path in (Path(self._options.calib_dataset),) if path.is_file())
+        hessians = next(iter(self._hessian_files), None)
+
+        def run() -> Mapping[str, Any]:
+            key = self._runner.running_key
+            return calibrate(self._checkpoint, self._sites, self._options, hessians, key, self._ranks, self._progress)
+
         parts = self._option_parts("calib_dataset", "calib_size", "calib_seq", "batch_size", "seed", "exclude")
         self._stage(
             "calibrate",
             {**parts, "python": platform.python_version()},
             (self._dir.sites, *files, *self._weight_files, *self._tokenizer_files),
             (self._dir.stats, *self._hessian_files),
-            lambda: calibrate(
-                self._checkpoint,
-                self._sites,
-                self._options,
-                next(iter(self._hessian_files), None),
-                self._runner.running_key,
-                self._ranks,
-                self._progress,
-            ),
+            run,
         )
 
     @property
