@@ -38,7 +38,7 @@ def launches(finished_run: Path, tiny_llama_dir: Path, tmp_path_factory: pytest.
                 shutil.copy(finished_run / "run" / file, output)
         place = (str(output),) if verb == "rewrite" else (str(tiny_llama_dir), "-o", str(output))
         text = ("--calib-dataset", str(directory / "ids.npz"), "--calib-size", str(WINDOWS), "--calib-seq", str(SEQ))
-        return (verb, *place, *text, "--batch-size", str(BATCH), "--weight-method", "gptq", *more)
+        return (verb, *place, *text, "--batch-size", str(BATCH), "--weight-method", "gptq", "--device", "cpu", *more)
 
     scenarios = [
         Scenario("two", 2, words("two")),
