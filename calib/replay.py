@@ -63,9 +63,9 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     if problems:
         raise UserErrors(str(path), problems, "mend every entry listed above and run again")
     layers = {
-        name: _completed(layer, sites.linear(name), float(maxima[name].max()), policy.rule, checkpoint.given)
-        if layer.precision == "w4a8"
-        else _float_layer(layer)
+        name: _float_layer(layer)
+        if layer.precision == "float"
+        else _completed(layer, sites.linear(name), float(maxima[name].max()), policy.rule, checkpoint.given)
         for name, layer in policy.layers.items()
     }
     completed = policy.model_copy(update={"layers": layers})
@@ -104,7 +104,7 @@ def _completed(
 ) -> LayerPolicy:
     """Fill in what an edit left open: the closed-form scale, and who decided."""
     update: dict[str, Any] = {"input_absmax": measured}
-    if layer.activation_scale is None and layer.activation != "per_token":
+    if layer.activation_scale is None and layer.activation not in (None, "per_token"):
         update["activation_scale"] = closed_form_scale(measured, equalized=layer.activation == "lae_static")
     activation: Activation | None
     if layer.weight_method == "given" and given is not None:
@@ -113,7 +113,7 @@ def _completed(
     else:
         activation, rule_reason = tier_from_absmax(measured, rule, linear)
     if layer.activation != activation and layer.reason.startswith((RULE_REASON_START, rule_reason)):
-        update["reason"] = f"{_BY_HAND} to {layer.activation}; by the rule: {rule_reason}"
+        update["reason"] = f"{_BY_HAND} to {layer.activation or layer.precision}; by the rule: {rule_reason}"
     return layer.model_copy(update=update)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from gguf import GGUFReader
 
-from calib.decide import excluded_paths
 from calib.hub import directory_from_hub
 from calib.interchange import quantization_from_directory
 from calib.linears import linears_from_model
 from calib.load import checkpoint_from_directory, skeleton_from_checkpoint
+from calib.precision import excluded_paths
 from fptq_export.errors import UserError
 from fptq_export.progress import Progress
 

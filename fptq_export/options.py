@@ -40,6 +40,8 @@ class RunOptions(BaseModel):
     """Let group scales be negative, so that all 16 levels are used; needs `plugin` on."""
     exclude: tuple[str, ...] = ("lm_head",)
     """Regular expressions of torch paths that keep the float precision."""
+    precision: tuple[str, ...] = ()
+    """`REGEX=NAME` with `w4a8`, `w4a16`, `w8a8` or `float`; later ones win, also over `exclude`."""
     calib_dataset: str = "builtin"
     """`builtin`, `random`, a .txt, .jsonl or .npz file, or a datasets id."""
     calib_size: PositiveInt = 64

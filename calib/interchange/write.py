@@ -113,6 +113,9 @@ def _check_layers(checkpoint: Checkpoint, quantized: Mapping[str, LayerPolicy]) 
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     for path, layer in quantized.items():
         where, name = f"layer {path}", f"{path}.weight"
+        if layer.precision != "w4a8":
+            cause = f"is {layer.precision}, and checkpoints are written with w4a8 and float layers only"
+            raise UserError(where, cause, f"leave it in float: --precision '{path}=float'")
         if not isinstance(linears.get(path), torch.nn.Linear):
             raise UserError(where, "compressed-tensors quantizes torch.nn.Linear only", "exclude the layer")
         if name in tied or name in tied.values():

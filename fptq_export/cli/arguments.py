@@ -35,6 +35,7 @@ examples:
   fptq-export ./SmolLM2-135M --engine smollm2.plan
   fptq-export model.gguf -o run/ --engine out.plan --max-ppl-increase 20%
   fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
+  fptq-export MODEL -o run/ --precision 'down_proj$=w8a8' 'layers\\.0\\.=w4a16'
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export eval run/ --tasks piqa,arc_easy                              what quantization costs
@@ -166,6 +167,12 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
     )
+    group.add_argument(
+        "--precision",
+        nargs="+",
+        metavar="REGEX=NAME",
+        help="layers that run w8a8, w4a16 or float, e.g. 'down_proj$=w8a8'; the last match wins [w4a8 for all]",
+    )
 
 
 def _add_verify_options(parser: argparse.ArgumentParser) -> None:
@@ -236,8 +243,8 @@ def options_from_namespace(verb: str, given: Mapping[str, Any]) -> RunOptions:
     if "model" not in values:
         raise UserError("MODEL", "is missing", f"fptq-export {verb} MODEL -o DIR")
     values.setdefault("output", Path(f"{Path(values['model']).stem}-w4a8"))
-    if "exclude" in given:
-        values["exclude"] = tuple(pattern for pattern in given["exclude"] if pattern)
+    for name in {"exclude", "precision"} & given.keys():
+        values[name] = tuple(pattern for pattern in given[name] if pattern)
     try:
         return RunOptions.model_validate(values)
     except ValidationError as error:

@@ -16,7 +16,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--model": ("--model-dir", "--model-name-or-path", "--pyt-ckpt-path"),
     "--output": ("--output-dir", "--output-path", "--export-path"),
     "--engine": ("--save-engine",),
-    "--dtype": ("--precision", "--high-precision-dtype"),
+    "--dtype": ("--high-precision-dtype",),
     "--group-size": ("--block-size", "--awq-block-size"),
     "--calib-dataset": ("--dataset", "--calibration-data-path"),
     "--calib-size": ("--num-samples", "--nsamples", "--num-calib-data"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from calib.batches import CalibrationOptions, TokenBatches, token_batches
-from calib.decide import PolicyOptions, decide_policy, excluded_paths
+from calib.decide import PolicyOptions, decide_policy
 from calib.devices import device_from_option
 from calib.hessians import hessian_writer, owners_from_sites
 from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
 from calib.observe import Execution, HessianSink, observe
+from calib.precision import excluded_paths, float_paths
 from calib.ranks import Ranks, share_of_rank
 from calib.replay import replay_policy
 from calib.state import CalibrationState
@@ -25,11 +27,20 @@ from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.run_directory import RunDirectory
-from fptq_export.policy import Policy, write_policy
+from fptq_export.policy import LayerPolicy, Policy, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
-__all__ = ["Job", "calibrate", "decide", "measure", "needs_hessians", "replay", "summary_from_policy"]
+__all__ = [
+    "Job",
+    "calibrate",
+    "decide",
+    "measure",
+    "measured_otherwise",
+    "needs_hessians",
+    "replay",
+    "summary_from_policy",
+]
 
 
 class Job(BaseModel):
@@ -63,8 +74,8 @@ def calibrate(
     """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
     batches = _batches(checkpoint, options)
     paths = [linear.path for linear in sites.linears]
-    excluded = excluded_paths(paths, options.exclude)
-    linears = [path for path in paths if path not in excluded]
+    stays_float = set(float_paths(paths, options.exclude, options.precision))
+    linears = [path for path in paths if path not in stays_float]
     if not linears:
         reasons = "; ".join(dict.fromkeys(linear.reason for linear in sites.unmatched)) or "all are excluded"
         raise UserError(
@@ -157,6 +168,13 @@ def _hessian_sink(job: Job, path: Path, state: CalibrationState) -> Iterator[Hes
         yield HessianSink(job.owners, write)
 
 
+def measured_otherwise(sites: Sites, options: RunOptions) -> list[str]:
+    """Linears that are measured because of `--precision` though `--exclude` names them, and the reverse."""
+    paths = [linear.path for linear in sites.linears]
+    excluded = set(excluded_paths(paths, options.exclude))
+    return sorted(excluded.symmetric_difference(float_paths(paths, options.exclude, options.precision)))
+
+
 def needs_hessians(options: RunOptions) -> bool:
     """Whether the weight method of a run needs the Hessians of the inputs."""
     return WEIGHT_METHODS[options.weight_method].needs_hessian
@@ -179,6 +197,7 @@ def decide(
         weight_method=options.weight_method,
         signed_scales=options.signed_scales,
         exclude=options.exclude,
+        precision=options.precision,
     )
     policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
     write_policy(policy, arrays, policy_path)
@@ -193,15 +212,24 @@ def replay(source: Path, checkpoint: Checkpoint, sites: Sites, policy_path: Path
 
 
 def summary_from_policy(policy: Policy) -> dict[str, Any]:
-    """Layers of each tier, and bits a weight averaged over the quantized weights (group scales included)."""
+    """Layers of each tier and precision, and bits a weight (scales included).
+
+    `bits_per_weight` is averaged over the quantized weights, `effective_bits` over the weights of all linears.
+    """
     quantized = list(policy.quantized().values())
     tiers = {
         tier: sum(layer.activation == tier for layer in quantized) for tier in ("static", "lae_static", "per_token")
     }
-    weights = [layer.in_features * layer.out_features for layer in quantized]
-    bits = sum((layer.bits_per_weight or 0.0) * count for layer, count in zip(quantized, weights, strict=True))
     return {
         "layers": tiers,
         "float_layers": len(policy.layers) - len(quantized),
-        "bits_per_weight": bits / sum(weights) if weights else None,
+        "precisions": dict(sorted(Counter(layer.precision for layer in policy.layers.values()).items())),
+        "bits_per_weight": _mean_bits(quantized),
+        "effective_bits": _mean_bits(list(policy.layers.values())),
     }
+
+
+def _mean_bits(layers: Sequence[LayerPolicy]) -> float | None:
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    bits = sum(layer.effective_bits * count for layer, count in zip(layers, weights, strict=True))
+    return bits / sum(weights) if weights else None

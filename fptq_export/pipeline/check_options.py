@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from calib.precision import precision_from_option
 from calib.ranks import ALONE, Ranks, share_of_rank
 from fptq_export.build.memory_pools import mem_pools_from_option
 from fptq_export.build.targets import Target, check_target
@@ -40,6 +41,7 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], 
     if options.dtype == "bf16" and options.verify and "verify" in stages:
         cause = "ONNX Runtime cannot run BF16 graphs on a CPU, so the result could not be verified"
         raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
+    _check_precision(options)
     if replays(options):
         _check_replayed_policy(options)
     _check_execution(options, ranks, calibrates="calibrate" in stages and not replays(options))
@@ -62,6 +64,16 @@ def _check_execution(options: RunOptions, ranks: Ranks, *, calibrates: bool) -> 
         from calib.devices import device_from_option  # torch, which other verbs do without
 
         device_from_option(options.device, ranks.local_rank, ranks.local_size)
+
+
+def _check_precision(options: RunOptions) -> None:
+    names = {precision_from_option(text)[1] for text in options.precision}
+    if names and replays(options):
+        cause = "a replayed policy says what each layer runs"
+        raise UserError("--precision", cause, f"edit {options.policy}, or leave one of the two out")
+    if options.checkpoint is not None and (odd := names - {"w4a8", "float"}):
+        cause = f"checkpoints are written with w4a8 and float layers only, not {', '.join(sorted(odd))}"
+        raise UserError("--checkpoint", cause, "leave one of the two out")
 
 
 def _check_replayed_policy(options: RunOptions) -> None:

@@ -185,7 +185,7 @@ class _Road:
         )
 
     def _calibrate(self) -> None:
-        from fptq_export.pipeline.calibration import calibrate
+        from fptq_export.pipeline.calibration import calibrate, measured_otherwise
 
         if self._replays:
             self._runner.skip("calibrate")
@@ -198,6 +198,8 @@ class _Road:
             return calibrate(self._checkpoint, self._sites, self._options, hessians, key, self._ranks, self._progress)
 
         parts = self._option_parts("calib_dataset", "calib_size", "calib_seq", "batch_size", "seed", "exclude")
+        if self._options.precision and (changed := measured_otherwise(self._sites, self._options)):
+            parts["measured_otherwise"] = changed
         self._stage(
             "calibrate",
             {**parts, "python": platform.python_version()},
@@ -232,7 +234,7 @@ class _Road:
             return
         self._stage(
             "policy",
-            self._option_parts("v0", "v1", "group_size", "weight_method", "signed_scales", "exclude"),
+            self._option_parts("v0", "v1", "group_size", "weight_method", "signed_scales", "exclude", "precision"),
             (self._dir.stats, *self._hessian_files, self._dir.sites, *self._weight_files),
             outputs,
             lambda: decide(

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from calib.batches import CalibrationOptions, TokenBatches, held_out_windows, token_batches
 from calib.checks import check_checkpoint
-from calib.decide import DEFAULT_EXCLUDE, PolicyOptions, decide_policy, excluded_paths
+from calib.decide import PolicyOptions, decide_policy
 from calib.fake_quant import applied_policy
 from calib.hessians import HESSIANS_FILE, hessian_writer, owners_from_sites
 from calib.load import (
@@ -36,6 +36,7 @@ from calib.load import (
     tokenizer_from_checkpoint,
 )
 from calib.observe import HessianSink, observe
+from calib.precision import DEFAULT_EXCLUDE, excluded_paths
 from calib.rotation import write_rotated
 from calib.session import TorchCausalSession
 from calib.stats import Stats
