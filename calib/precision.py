@@ -77,9 +77,10 @@ def precision_from_option(text: str) -> tuple[str, Precision]:
     """`REGEX=NAME` -> regular expression and precision; the last `=` counts.
 
     Raises:
-        UserError: It is not of that form.
+        UserError: It is not of that form, or not a regular expression.
     """
     pattern, _, name = text.rpartition("=")
+    _compiled(f"--precision {text!r}", pattern)
     known = {str(precision): precision for precision in get_args(Precision)}
     if not pattern or name not in known:
         hint = f"write REGEX=NAME with {', '.join(known)}; the type of what is not quantized is --dtype"
@@ -88,12 +89,16 @@ def precision_from_option(text: str) -> tuple[str, Precision]:
 
 
 def _matches(where: str, pattern: str, paths: Sequence[str], *, required: bool) -> list[str]:
-    try:
-        matcher = re.compile(pattern)
-    except re.error as error:
-        raise UserError(where, f"not a regular expression ({error})", "mend the pattern") from None
+    matcher = _compiled(where, pattern)
     matches = [path for path in paths if matcher.search(path)]
     if required and not matches:
         hint = f"the paths look like {paths[0]}" if paths else ""
         raise UserError(where, "matches no linear of the model", hint)
     return matches
+
+
+def _compiled(where: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(where, f"not a regular expression ({error})", "mend the pattern") from None
