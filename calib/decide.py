@@ -12,6 +12,7 @@ from calib.given import GivenWeights
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.precision import DEFAULT_EXCLUDE, Choice, chosen_precisions
+from calib.ranges import RangeCalibrator, calibrated_range
 from calib.replay import replay_policy
 from calib.rule import float_layer, tier_from_absmax
 from calib.stats import Stats
@@ -40,6 +41,10 @@ class PolicyOptions:
     """Let group scales be negative: all 16 levels are used, and only the plugin runs the result."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     """Regular expressions, searched for in torch paths."""
+    range_calibrator: RangeCalibrator = "absmax"
+    """How much of an input a static scale covers."""
+    percentile: float = 99.99
+    """Of the values that a range covers, `percentile` only."""
     precision: tuple[str, ...] = ()
     """`REGEX=NAME`: layers of another precision than `w4a8`; later ones win, also over `exclude`."""
 
@@ -49,6 +54,8 @@ class PolicyOptions:
             raise UserError("--v0, --v1", cause, "the paper has 15 and 150")
         if self.weight_method not in WEIGHT_METHODS:
             raise UserError("--weight-method", f"{self.weight_method!r} is unknown", f"use {', '.join(WEIGHT_METHODS)}")
+        if not 0.0 < self.percentile <= 100.0:
+            raise UserError("--percentile", f"{self.percentile:g} is not above 0 and up to 100", "try 99.99")
         if self.group_size not in GROUP_SIZES:
             supported = ", ".join(map(str, GROUP_SIZES))
             raise UserError("--group-size", f"{self.group_size} is not supported", f"choose one of {supported}")
@@ -90,11 +97,12 @@ def decide_policy(
             layers[linear.path] = float_layer(linear, choice.float_reason)
             continue
         absmax = _site_absmax(linear, sites, stats, stays_float)
-        layers[linear.path] = (
+        layer = (
             _given_layer(checkpoint.given, linear, absmax, rule, choice)
             if checkpoint.given is not None
             else _layer_policy(linear, absmax, rule, options, choice)
         )
+        layers[linear.path] = _with_calibrated_range(layer, linear.path, stats, options)
     layers.update({
         linear.path: LayerPolicy(
             precision="float", activation=None, reason=linear.reason,
@@ -150,6 +158,24 @@ def _layer_policy(
         return layer
     cause = f"group size {layer.group_size}, because {options.group_size} does not divide {linear.in_features}"
     return layer.model_copy(update={"reason": f"{layer.reason}; {cause}"})
+
+
+def _with_calibrated_range(layer: LayerPolicy, path: str, stats: Stats, options: PolicyOptions) -> LayerPolicy:
+    """The layer with a static scale from its histogram; others keep theirs.
+
+    A histogram is measured on the input as it is, so an equalized input keeps its closed form. Given scales are kept.
+    """
+    name = options.range_calibrator
+    if name == "absmax" or layer.activation_scale is None or layer.input_absmax is None:
+        return layer
+    if layer.activation != "static" or layer.weight_method == "given":
+        cause = "the scale is given" if layer.weight_method == "given" else "its histogram is from before equalization"
+        return layer.model_copy(update={"reason": f"{layer.reason}; not by {name}: {cause}"})
+    chosen = calibrated_range(stats.histogram(path), layer.input_absmax, name, options.percentile)
+    by = f"{name} {options.percentile:g}" if name == "percentile" else name
+    words = f"range {chosen.absmax:.6g} by {by} clips {chosen.clipped:.3g} of the values"
+    update = {"activation_scale": closed_form_scale(chosen.absmax, equalized=False)}
+    return layer.model_copy(update={**update, "reason": f"{layer.reason}; {words}"})
 
 
 def _with_float_input(layer: LayerPolicy, choice: Choice) -> LayerPolicy:

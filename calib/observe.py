@@ -12,6 +12,7 @@ from torch import nn
 from calib.batches import TokenBatches, auto_batch_size
 from calib.devices import CPU
 from calib.hidden import HiddenStates
+from calib.histograms import Histogram
 from calib.ranks import ALONE, Ranks, share_of_rank
 from calib.state import CalibrationState
 from calib.stats import Stats
@@ -62,6 +63,8 @@ def observe(
     batch_size: int = 0,
     hessians: HessianSink | None = None,
     execution: Execution = IN_MEMORY,
+    *,
+    histograms: bool = False,
 ) -> Stats:
     """Measure max over tokens of |x_j| for every input channel j of every linear.
 
@@ -74,9 +77,10 @@ def observe(
         batch_size: Windows a forward pass; 0 chooses. The result does not depend on it, up to the order of float sums.
         hessians: Where mean x x^T goes, where a weight method needs it.
         execution: Device, ranks, limits.
+        histograms: Count |x| too, where a range calibrator needs it.
 
     Returns:
-        float32 maxima for each linear, over the windows of all ranks.
+        float32 maxima for each linear, and histograms where they are wanted, over the windows of all ranks.
 
     Raises:
         UserError: An activation is NaN or Inf, a linear never ran, or there are fewer windows than ranks.
@@ -91,7 +95,7 @@ def observe(
         head = not all(path.startswith(base) for path in linears)
         hidden = execution.hidden_states()
         stream = BlockStream(load, tokens, size, head=head, device=execution.device, hidden=hidden)
-    inputs = _Inputs(batches, hessians)
+    inputs = _Inputs(batches, hessians, {} if histograms else None)
     in_blocks = _linears_by_block(linears, stream)
     with progress.task("calibrate", tokens.numel() * max(stream.count, 1), unit="tokens x blocks") as task:
         task.advance(_go_on(stream, inputs, execution) * tokens.numel())
@@ -145,15 +149,18 @@ class _Inputs:
     batches: TokenBatches
     """Of all ranks."""
     sink: HessianSink | None
+    histograms: dict[str, Histogram] | None = None
+    """None where they are not wanted."""
     absmax: dict[str, torch.Tensor] = field(default_factory=dict)
     _hessians: dict[str, torch.Tensor] = field(default_factory=dict)
     _tensor: torch.Tensor | None = None
     _reduced: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    _counted: Histogram | None = None
 
     def update(self, path: str, x: torch.Tensor) -> None:
         """Take in one input, [..., in]."""
         if x is not self._tensor:
-            self._tensor, self._reduced = x, _channel_absmax(x)
+            self._tensor, self._reduced, self._counted = x, _channel_absmax(x), None
         if not self._reduced.isfinite().all():
             raise UserError(
                 f"layer {path}",
@@ -162,6 +169,8 @@ class _Inputs:
             )
         seen = self.absmax.get(path)
         self.absmax[path] = self._reduced.clone() if seen is None else torch.maximum(seen, self._reduced)
+        if self.histograms is not None:
+            self._count(path, x, self.histograms)
         if self.sink is not None and self.sink.owners[path] == path:
             self._add_to_hessian(path, x.reshape(-1, x.shape[-1]))
 
@@ -183,11 +192,14 @@ class _Inputs:
     def stats(self, paths: Iterable[str]) -> Stats:
         """What is known, as it is written."""
         absmax = {path: self.absmax[path].numpy() for path in paths}
-        return Stats(absmax, self.batches.count, self.batches.description)
+        counted = {path: self.histograms[path] for path in absmax} if self.histograms is not None else {}
+        return Stats(absmax, self.batches.count, self.batches.description, counted)
 
     def restore(self, stats: Stats) -> None:
         """Know what an earlier process knew."""
         self.absmax = {path: torch.from_numpy(absmax.copy()) for path, absmax in stats.channel_absmax.items()}
+        if self.histograms is not None:
+            self.histograms = dict(stats.histograms)
 
     def _reduce(self, paths: Sequence[str], ranks: Ranks, device: torch.device) -> None:
         """Maximum and sum over the ranks. An expert may have run on some of them only."""
@@ -199,13 +211,29 @@ class _Inputs:
             if not width:
                 continue
             ranks.max_(self.absmax.setdefault(path, torch.zeros(width)))
+            if self.histograms is not None:
+                self.histograms[path] = _sum_of_ranks(self.histograms.get(path, Histogram.empty()), ranks)
             if self.sink is not None and self.sink.owners[path] == path:
                 ranks.sum_(self._hessians.setdefault(path, torch.zeros(width, width, device=device)))
+
+    def _count(self, path: str, x: torch.Tensor, histograms: dict[str, Histogram]) -> None:
+        if self._counted is None:
+            self._counted = Histogram.from_values(x, self._reduced.max().item())
+        seen = histograms.get(path)
+        histograms[path] = self._counted if seen is None else seen.merge(self._counted)
 
     def _add_to_hessian(self, path: str, x: torch.Tensor) -> None:
         if path not in self._hessians:
             self._hessians[path] = x.new_zeros(x.shape[1], x.shape[1])
         self._hessians[path].addmm_(x.T, x, alpha=1 / self.batches.count)
+
+
+def _sum_of_ranks(histogram: Histogram, ranks: Ranks) -> Histogram:
+    exponent = torch.tensor([histogram.exponent])
+    ranks.max_(exponent)
+    counts = torch.from_numpy(histogram.with_exponent(int(exponent)).counts)
+    ranks.sum_(counts)
+    return Histogram(counts.numpy(), int(exponent))
 
 
 def _channel_absmax(x: torch.Tensor) -> torch.Tensor:

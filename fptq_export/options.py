@@ -34,6 +34,10 @@ class RunOptions(BaseModel):
     """`paper`, or a policy.json to replay."""
     v0: float = Field(default=15.0, ge=0.0, allow_inf_nan=False)
     v1: float = Field(default=150.0, ge=0.0, allow_inf_nan=False)
+    range_calibrator: Literal["absmax", "percentile", "mse", "entropy"] = "absmax"
+    """How much of an input a static scale covers: everything, or less than its outliers."""
+    percentile: float = Field(default=99.99, gt=0.0, le=100.0)
+    """Of the values that `range_calibrator` percentile covers."""
     group_size: Literal[128, 64, 32, 16] = 128
     weight_method: Literal["rtn", "mse", "gptq", "gptq+cd", "adaround", "two_level", "integer_scale"] = "rtn"
     signed_scales: bool = False

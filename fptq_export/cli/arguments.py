@@ -154,6 +154,12 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--v1", type=float, metavar="X", help="inputs from this magnitude on are per-token [150]")
     group.add_argument(
+        "--range-calibrator",
+        metavar="NAME",
+        help="range of static scales: absmax, or percentile, mse or entropy, which clip outliers [absmax]",
+    )
+    group.add_argument("--percentile", type=float, metavar="P", help="of the values that percentile covers [99.99]")
+    group.add_argument(
         "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
     )
     group.add_argument(

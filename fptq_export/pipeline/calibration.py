@@ -32,11 +32,12 @@ from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
 __all__ = [
+    "POLICY_OPTIONS",
     "Job",
     "calibrate",
     "decide",
     "measure",
-    "measured_otherwise",
+    "measured_parts",
     "needs_hessians",
     "replay",
     "summary_from_policy",
@@ -60,6 +61,13 @@ class Job(BaseModel):
     """Windows, and tokens in a window."""
     description: str
     sha256: str
+
+
+POLICY_OPTIONS = (
+    *("v0", "v1", "group_size", "weight_method", "signed_scales"),
+    *("exclude", "precision", "range_calibrator", "percentile"),
+)
+"""What the policy stage depends on, beside its inputs."""
 
 
 def calibrate(
@@ -130,7 +138,10 @@ def measure(job: Job, checkpoint: Checkpoint, batches: TokenBatches, ranks: Rank
     execution = Execution(device, ranks, state, job.options.max_memory)
     load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
     with _hessian_sink(job, directory.hessians, state) as sink:
-        stats = observe(load, batches, job.linears, progress, job.options.batch_size, sink, execution)
+        counts = needs_histograms(job.options)
+        stats = observe(
+            load, batches, job.linears, progress, job.options.batch_size, sink, execution, histograms=counts
+        )
         with ranks.together():
             if ranks.rank == 0:
                 write_stats(stats, directory.stats)
@@ -168,7 +179,19 @@ def _hessian_sink(job: Job, path: Path, state: CalibrationState) -> Iterator[Hes
         yield HessianSink(job.owners, write)
 
 
-def measured_otherwise(sites: Sites, options: RunOptions) -> list[str]:
+def needs_histograms(options: RunOptions) -> bool:
+    """Whether the range calibrator of a run needs histograms of the inputs."""
+    return options.range_calibrator != "absmax"
+
+
+def measured_parts(sites: Sites, options: RunOptions) -> dict[str, Any]:
+    """What decides, beside the calibration options themselves, whether statistics can be used again."""
+    parts: dict[str, Any] = {"histograms": True} if needs_histograms(options) else {}
+    changed = _measured_otherwise(sites, options)
+    return {**parts, "measured_otherwise": changed} if changed else parts
+
+
+def _measured_otherwise(sites: Sites, options: RunOptions) -> list[str]:
     """Linears that are measured because of `--precision` though `--exclude` names them, and the reverse."""
     paths = [linear.path for linear in sites.linears]
     excluded = set(excluded_paths(paths, options.exclude))
@@ -198,6 +221,8 @@ def decide(
         signed_scales=options.signed_scales,
         exclude=options.exclude,
         precision=options.precision,
+        range_calibrator=options.range_calibrator,
+        percentile=options.percentile,
     )
     policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
     write_policy(policy, arrays, policy_path)

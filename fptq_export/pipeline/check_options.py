@@ -71,6 +71,8 @@ def _check_precision(options: RunOptions) -> None:
     if names and replays(options):
         cause = "a replayed policy says what each layer runs"
         raise UserError("--precision", cause, f"edit {options.policy}, or leave one of the two out")
+    if options.range_calibrator != "absmax" and replays(options):
+        raise UserError("--range-calibrator", "a replayed policy has its scales", "leave one of the two out")
     if options.checkpoint is not None and (odd := names - {"w4a8", "float"}):
         cause = f"checkpoints are written with w4a8 and float layers only, not {', '.join(sorted(odd))}"
         raise UserError("--checkpoint", cause, "leave one of the two out")

@@ -185,7 +185,7 @@ class _Road:
         )
 
     def _calibrate(self) -> None:
-        from fptq_export.pipeline.calibration import calibrate, measured_otherwise
+        from fptq_export.pipeline.calibration import calibrate, measured_parts
 
         if self._replays:
             self._runner.skip("calibrate")
@@ -198,11 +198,9 @@ class _Road:
             return calibrate(self._checkpoint, self._sites, self._options, hessians, key, self._ranks, self._progress)
 
         parts = self._option_parts("calib_dataset", "calib_size", "calib_seq", "batch_size", "seed", "exclude")
-        if self._options.precision and (changed := measured_otherwise(self._sites, self._options)):
-            parts["measured_otherwise"] = changed
         self._stage(
             "calibrate",
-            {**parts, "python": platform.python_version()},
+            {**parts, **measured_parts(self._sites, self._options), "python": platform.python_version()},
             (self._dir.sites, *files, *self._weight_files, *self._tokenizer_files),
             (self._dir.stats, *self._hessian_files),
             run,
@@ -217,7 +215,7 @@ class _Road:
         return (self._dir.hessians,) if wanted else ()
 
     def _policy(self) -> None:
-        from fptq_export.pipeline.calibration import decide, replay
+        from fptq_export.pipeline.calibration import POLICY_OPTIONS, decide, replay
 
         outputs = (self._dir.policy, arrays_path(self._dir.policy))
         if self._replays:
@@ -234,7 +232,7 @@ class _Road:
             return
         self._stage(
             "policy",
-            self._option_parts("v0", "v1", "group_size", "weight_method", "signed_scales", "exclude", "precision"),
+            self._option_parts(*POLICY_OPTIONS),
             (self._dir.stats, *self._hessian_files, self._dir.sites, *self._weight_files),
             outputs,
             lambda: decide(
