@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from calib.equalize import closed_form_scale
 from calib.given import GivenWeights
+from calib.hessians import owners_from_sites
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.precision import DEFAULT_EXCLUDE, Choice, chosen_precisions
-from calib.ranges import RangeCalibrator, calibrated_range
+from calib.ranges import CalibratedRange, RangeCalibrator, calibrated_range
 from calib.replay import replay_policy
 from calib.rule import float_layer, tier_from_absmax
 from calib.stats import Stats
@@ -90,6 +92,7 @@ def decide_policy(
     rule = Rule(v0=options.v0, v1=options.v1)
     choices = chosen_precisions([linear.path for linear in sites.linears], options.exclude, options.precision)
     stays_float = {path for path, choice in choices.items() if choice.precision == "float"}
+    range_of = _range_reader(sites, stats, options)
     layers = {}
     for linear in sites.linears:
         choice = choices.get(linear.path)
@@ -102,7 +105,7 @@ def decide_policy(
             if checkpoint.given is not None
             else _layer_policy(linear, absmax, rule, options, choice)
         )
-        layers[linear.path] = _with_calibrated_range(layer, linear.path, stats, options)
+        layers[linear.path] = _with_calibrated_range(layer, linear.path, range_of, options)
     layers.update({
         linear.path: LayerPolicy(
             precision="float", activation=None, reason=linear.reason,
@@ -160,18 +163,32 @@ def _layer_policy(
     return layer.model_copy(update={"reason": f"{layer.reason}; {cause}"})
 
 
-def _with_calibrated_range(layer: LayerPolicy, path: str, stats: Stats, options: PolicyOptions) -> LayerPolicy:
+def _range_reader(sites: Sites, stats: Stats, options: PolicyOptions) -> Callable[[str], CalibratedRange]:
+    """Give a function that calibrates the range of a linear's input, once for linears that read the same tensor."""
+    owners = owners_from_sites(sites, stats.histograms)
+
+    @cache
+    def range_of_owner(path: str) -> CalibratedRange:
+        histogram, absmax = stats.histogram(path), stats.absmax(path)
+        return calibrated_range(histogram, absmax, options.range_calibrator, options.percentile)
+
+    return lambda path: range_of_owner(owners.get(path, path))
+
+
+def _with_calibrated_range(
+    layer: LayerPolicy, path: str, range_of: Callable[[str], CalibratedRange], options: PolicyOptions
+) -> LayerPolicy:
     """The layer with a static scale from its histogram; others keep theirs.
 
     A histogram is measured on the input as it is, so an equalized input keeps its closed form. Given scales are kept.
     """
     name = options.range_calibrator
-    if name == "absmax" or layer.activation_scale is None or layer.input_absmax is None:
+    if name == "absmax" or layer.activation_scale is None:
         return layer
     if layer.activation != "static" or layer.weight_method == "given":
         cause = "the scale is given" if layer.weight_method == "given" else "its histogram is from before equalization"
         return layer.model_copy(update={"reason": f"{layer.reason}; not by {name}: {cause}"})
-    chosen = calibrated_range(stats.histogram(path), layer.input_absmax, name, options.percentile)
+    chosen = range_of(path)
     by = f"{name} {options.percentile:g}" if name == "percentile" else name
     words = f"range {chosen.absmax:.6g} by {by} clips {chosen.clipped:.3g} of the values"
     update = {"activation_scale": closed_form_scale(chosen.absmax, equalized=False)}

@@ -8,7 +8,7 @@ The matrices of a model are larger than the model, so they are written as they c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ HESSIANS_FILE = "hessians.safetensors"
 _SUFFIX = ".hessian"
 
 
-def owners_from_sites(sites: Sites, paths: Collection[str]) -> dict[str, str]:
+def owners_from_sites(sites: Sites, paths: Container[str]) -> dict[str, str]:
     """Path of each linear -> path of the first linear among `paths` that reads the same tensor."""
     first: dict[str, str] = {}
     for linear in sites.linears:

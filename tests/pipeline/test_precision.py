@@ -1,4 +1,4 @@
-"""`--precision` on the whole road."""
+"""`--precision` and `--range-calibrator` on the whole road."""
 
 from __future__ import annotations
 
@@ -76,3 +76,16 @@ def test_pattern_that_matches_nothing_is_refused(run_copy: Path, tiny_llama_dir:
     assert outcome.code == 1
     assert "matches no linear of the model" in outcome.err
     assert (run_copy / "policy.json").read_bytes() == before
+
+
+def test_range_calibrators_measure_once(run_copy: Path, tiny_llama_dir: Path, command: Command) -> None:
+    """Histograms need another calibration; a second calibrator uses what the first one measured."""
+    words = (tiny_llama_dir, "-o", run_copy, *SMALL, "--no-verify")
+    for name, measured in (("entropy", False), ("percentile", True)):
+        outcome = command(*words, "--range-calibrator", name)
+        assert outcome.code == 0, outcome.err
+        assert ("calibrate: up to date" in outcome.err) is measured
+        layers = json.loads((run_copy / "policy.json").read_text())["layers"]
+        reasons = [layer["reason"] for layer in layers.values() if layer["activation"] == "static"]
+        assert reasons
+        assert all(f"by {name}" in reason for reason in reasons)
