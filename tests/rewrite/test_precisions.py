@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 
 from fptq_export import numerics
 from fptq_export.errors import PrecisionError
@@ -110,6 +111,26 @@ def test_int8_linear_is_the_reference(tmp_path: Path, dtype: ir.DataType, activa
     bound = (2.01 * step + (IN + 4) * 2.0**-24) * magnitude + 2.01 * step * np.abs(expected) + smallest
     for y in results:
         assert (np.abs(y.astype(np.float64) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("activation", ["static", "per_token"])
+def test_bfloat16_linear_is_the_reference(tmp_path: Path, activation: str) -> None:
+    """In ONNX's reference evaluator, for ONNX Runtime has no BF16 on a CPU.
+
+    It multiplies and sums in bfloat16: a rounding of 2^-9 for each factor, product and partial sum, and three after.
+    """
+    bfloat16 = ir.DataType.BFLOAT16
+    random = np.random.default_rng(5)
+    weight = random.normal(size=(OUT, IN)).astype(np.float32)
+    x = random.normal(size=(4, IN)).astype(bfloat16.numpy())
+    save_graph(_int8_linear(tmp_path, bfloat16, activation, weight), tmp_path / "model.onnx")
+    results: Any = ReferenceEvaluator(str(tmp_path / "model.onnx")).run(None, {"x": x})
+    x_scale = np.asarray(np.float32(0.0213)) if activation == "static" else numerics.per_token_scale(x)
+    x_codes, w_scale = numerics.quantize_activation(x, x_scale), numerics.weight_scale_int8(weight)
+    w_codes = numerics.quantize_weight_int8(weight, w_scale)
+    expected = numerics.w8a8_linear(x_codes, x_scale, w_codes, w_scale)
+    magnitude = numerics.w8a8_linear(np.abs(x_codes), x_scale, np.abs(w_codes), w_scale)
+    assert (np.abs(results[0].astype(np.float64) - expected) <= (IN + 6) * 2.0**-9 * magnitude).all()
 
 
 def test_per_token_codes_are_exact(tmp_path: Path) -> None:
