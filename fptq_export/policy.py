@@ -131,17 +131,17 @@ class Policy(_Model):
 
 
 class PolicyArrays:
-    """`policy.safetensors`, memory-mapped: one array is read at a time."""
+    """`policy.safetensors`: one array is read at a time, and nothing is kept."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(str(path), "no such file", "keep it beside policy.json, or calibrate again")
         self.path = path
         try:
-            self._file: Any = safe_open(str(path), framework="np")
+            with safe_open(str(path), framework="np") as file:
+                self._names = frozenset(file.keys())
         except SafetensorError as error:
             raise UserError(str(path), f"damaged ({error})", "restore it, or calibrate again") from None
-        self._names = frozenset(self._file.keys())
 
     def __contains__(self, name: str) -> bool:
         """Whether an array of that name is stored."""
@@ -159,7 +159,9 @@ class PolicyArrays:
         """
         if name not in self._names:
             raise UserError(str(self.path), f"array {name!r} is missing", "calibrate again")
-        array: NDArray[Any] = self._file.get_tensor(name)
+        # Opened anew: a file that stays open keeps the pages of every array that was read.
+        with safe_open(str(self.path), framework="np") as file:
+            array: NDArray[Any] = file.get_tensor(name)
         if shape is not None and array.shape != shape:
             cause = f"array {name!r} is {list(array.shape)}, but policy.json asks for {list(shape)}"
             raise UserError(str(self.path), cause, "give the edited policy to --policy, which computes its arrays")
