@@ -137,6 +137,7 @@ def _observe_blocks(
                 for tokens in stream.advance(index, block):
                     inputs.forget_tensor()
                     task.advance(tokens)
+        del block  # before the next one is loaded
         inputs.finish(paths, execution.ranks, execution.device)
         if execution.state is not None:
             execution.state.finish_block(index + 1, inputs.stats(inputs.absmax))

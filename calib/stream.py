@@ -12,7 +12,6 @@ over the tokens in which blocks hand on their input records it; real blocks then
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,8 +86,8 @@ class BlockStream:
             self._record(model)
 
     def load_block(self, index: int) -> nn.Module:
-        """One block in float32 on the device, a copy of its own."""
-        block: nn.Module = copy.deepcopy(_blocks(self._load(), self.path)[index])
+        """One block in float32 on the device. Nobody else has it: it may be changed."""
+        block: nn.Module = _blocks(self._load(), self.path)[index]
         return block.to(self._device, torch.float32)
 
     def restore(self, count: int) -> None:
