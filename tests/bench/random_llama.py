@@ -104,4 +104,5 @@ def _random_tensor(rng: np.random.Generator, spec: TensorSpec) -> NDArray[np.gen
 def _normal_quantiles() -> NDArray[np.float32]:
     """2^16 equally likely values of a normal distribution, float32."""
     probabilities = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
-    return torch.special.ndtri(probabilities).to(torch.float32).numpy()
+    quantiles: NDArray[np.float32] = torch.special.ndtri(probabilities).to(torch.float32).numpy()
+    return quantiles
