@@ -1,4 +1,4 @@
-"""Token windows for calibration and verification."""
+"""Token windows for calibration, verification and evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from fptq_export.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CalibrationOptions", "TokenBatches", "auto_batch_size", "held_out_windows", "token_batches"]
+__all__ = [
+    "CalibrationOptions",
+    "TextOptions",
+    "TokenBatches",
+    "auto_batch_size",
+    "evaluation_batches",
+    "held_out_windows",
+    "token_batches",
+]
 
 AUTO_BATCH_TOKENS = 2048
 """Tokens a batch when the user names no batch size. On two cores SmolLM2-135M gains nothing from larger ones."""
@@ -54,6 +62,49 @@ class CalibrationOptions:
                 raise UserError(f"--{name}", f"must be at least {least}, got {value}", "give a larger number")
         if self.seed < 0:
             raise UserError("--seed", f"must not be negative, got {self.seed}", "give a number from 0 on")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What a model is evaluated on.
+
+    Raises:
+        UserError: A size is too small, or the tokens are random: no model predicts them.
+    """
+
+    source: str = "builtin"
+    """`builtin` (the held-out half), a `.txt`, `.jsonl` or `.npz` file, or a data set id."""
+    windows: int = 8
+    """Windows from the beginning of the text; 0 takes all of it."""
+    seq: int = 512
+    """Tokens a window."""
+    seed: int = 0
+    """Order of a data set's documents; files are read in order."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("eval-windows", self.windows, 0),
+            ("eval-seq", self.seq, 2),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise UserError(f"--{name}", f"must be at least {least}, got {value}", "give a larger number")
+        if self.source == "random":
+            raise UserError("--text random", "no model predicts random tokens", _EVALUATION.sources)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What errors call the options that choose the text."""
+
+    source: str
+    seq: str
+    sources: str
+    """What else could be given."""
+
+
+_CALIBRATION = _Names("--calib-dataset", "--calib-seq", "use --calib-dataset random or an .npz of token ids")
+_EVALUATION = _Names("--text", "--eval-seq", "give builtin, a .txt, .jsonl or .npz file, or the id of a data set")
 
 
 @dataclass(frozen=True)
@@ -101,11 +152,9 @@ def token_batches(
         )
         what = f"uniform over a vocabulary of {vocab_size}, seed {options.seed}"
         return TokenBatches(tokens, f"random: {options.size} x {options.seq} tokens, {what}", _sha256(tokens))
-    if Path(options.dataset).suffix == ".npz":
-        windows = _windows_from_npz(Path(options.dataset), options.seq)
-    else:
-        windows = _windows_from_text(options, _required(tokenizer, options.dataset))
-    _check_ids(windows, vocab_size, options.dataset)
+    windows = _windows_from_source(
+        options.dataset, options.seq, options.seed, options.size, tokenizer, vocab_size, _CALIBRATION
+    )
     found = len(windows)
     description = f"{options.dataset}: {min(found, options.size)} x {options.seq} tokens"
     if found > options.size:
@@ -114,6 +163,33 @@ def token_batches(
         description += f", drawn from {found} windows with seed {options.seed}"
     elif found < options.size:
         description += f", all there is ({options.size} windows were asked for)"
+    return TokenBatches(windows, description, _sha256(windows))
+
+
+def evaluation_batches(
+    options: TextOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+) -> TokenBatches:
+    """The first windows of a text, in order: no draw, so that a longer evaluation holds a shorter one.
+
+    Built-in text is the half that calibration never sees; its windows are those of `held_out_windows`.
+
+    Args:
+        options: Source and sizes.
+        tokenizer: Needed for text; token ids do without.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        UserError: The source is unknown or unreadable, holds less than one window, or ids lie outside the vocabulary.
+    """
+    limit = options.windows or None
+    windows = _windows_from_source(
+        options.source, options.seq, options.seed, limit, tokenizer, vocab_size, _EVALUATION
+    )[:limit]
+    description = f"{options.source}: {len(windows)} x {options.seq} tokens"
+    if limit is None:
+        description += ", all there is"
+    elif len(windows) < limit:
+        description += f", all there is ({limit} windows were asked for)"
     return TokenBatches(windows, description, _sha256(windows))
 
 
@@ -136,27 +212,46 @@ def held_out_windows(tokenizer: PreTrainedTokenizerBase, count: int, seq: int) -
     return windows
 
 
-def _required(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+def _windows_from_source(
+    source: str,
+    seq: int,
+    seed: int,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    names: _Names,
+) -> NDArray[np.int64]:
+    """Windows of a file (all), of the built-in text (all) or of a data set (at most `limit`): [n, seq]."""
+    if Path(source).suffix == ".npz":
+        windows = _windows_from_npz(Path(source), seq, names)
+    else:
+        windows = _windows_from_text(source, seq, seed, limit, _required(tokenizer, source, names), names)
+    _check_ids(windows, vocab_size, f"{names.source} {source}")
+    return windows
+
+
+def _required(tokenizer: PreTrainedTokenizerBase | None, source: str, names: _Names) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        hint = "put the tokenizer's files beside config.json, or use --calib-dataset random or an .npz of token ids"
-        raise UserError(f"--calib-dataset {source}", "text needs a tokenizer, and the model has none", hint)
+        hint = f"put the tokenizer's files beside config.json, or {names.sources}"
+        raise UserError(f"{names.source} {source}", "text needs a tokenizer, and the model has none", hint)
     return tokenizer
 
 
-def _windows_from_text(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
-    source, seq = options.dataset, options.seq
-    limit = None
+def _windows_from_text(
+    source: str, seq: int, seed: int, limit: int | None, tokenizer: PreTrainedTokenizerBase, names: _Names
+) -> NDArray[np.int64]:
     if source == "builtin":
-        documents: Iterator[str] = iter([calibration_text()])
+        # The held-out text is cut as `held_out_windows` cuts it.
+        texts = iter([held_out_text() if names is _EVALUATION else f"{calibration_text()}\n\n"])
     else:
-        documents = documents_from_source(source, options.seed)
-        # A data set may have no end: it comes shuffled, and is read until there is enough.
-        limit = None if Path(source).suffix in (".txt", ".jsonl") else options.size
-    tokens = (token for document in documents for token in _text_tokens(tokenizer, f"{document}\n\n"))
-    windows = _cut(tokens, seq, _start_tokens(tokenizer), limit)
+        texts = (f"{document}\n\n" for document in documents_from_source(source, seed))
+    # A data set may have no end: it comes shuffled, and is read until there is enough.
+    endless = source != "builtin" and Path(source).suffix not in (".txt", ".jsonl")
+    tokens = (token for text in texts for token in _text_tokens(tokenizer, text))
+    windows = _cut(tokens, seq, _start_tokens(tokenizer), limit if endless else None)
     if len(windows) == 0:
         cause = f"too short: not even one window of {seq} tokens"
-        raise UserError(f"--calib-dataset {source}", cause, "give more text or a smaller --calib-seq")
+        raise UserError(f"{names.source} {source}", cause, f"give more text or a smaller {names.seq}")
     return windows
 
 
@@ -181,13 +276,13 @@ def _cut(tokens: Iterator[int], seq: int, start: list[int], limit: int | None) -
     return np.hstack([np.tile(np.asarray(start, dtype=np.int64), (count, 1)), windows])
 
 
-def _windows_from_npz(path: Path, seq: int) -> NDArray[np.int64]:
+def _windows_from_npz(path: Path, seq: int, names: _Names) -> NDArray[np.int64]:
     """Windows of array `input_ids`: [n] as one stream, or [rows, n] with each row cut on its own."""
     ids = np.atleast_2d(_read_input_ids(path))
     count = ids.shape[1] // seq
     if ids.shape[0] == 0 or count == 0:
         cause = f"input_ids is {list(ids.shape)}: no row has {seq} tokens"
-        raise UserError(str(path), cause, "give longer rows or a smaller --calib-seq")
+        raise UserError(str(path), cause, f"give longer rows or a smaller {names.seq}")
     return np.ascontiguousarray(ids[:, : count * seq]).reshape(-1, seq).astype(np.int64)
 
 
@@ -209,11 +304,11 @@ def _read_input_ids(path: Path) -> NDArray[Any]:
     return ids
 
 
-def _check_ids(windows: NDArray[np.int64], vocab_size: int, source: str) -> None:
+def _check_ids(windows: NDArray[np.int64], vocab_size: int, where: str) -> None:
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocab_size:
         raise UserError(
-            f"--calib-dataset {source}",
+            where,
             f"token ids run from {low} to {high}, but the model's vocabulary has {vocab_size}",
             "use the tokenizer that belongs to the model",
         )

@@ -11,14 +11,24 @@ from calib.equalize import closed_form_scale
 from calib.given import GivenLayer
 from fptq_export.errors import Problem
 from fptq_export.files import json_path_from_location
-from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy
+from fptq_export.policy import GROUP_SIZES, LayerPolicy, Policy, Precision
 from fptq_export.sites import FoldSite, Linear, Sites
 
 __all__ = ["policy_problems"]
 
-_FLOAT_LAYER_FIELDS = ("activation", "activation_scale", "group_size", "weight_method")
 _SMALLEST_SCALE, _LARGEST_SCALE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_W4A8_FIELDS = ("activation", "group_size", "weight_method")
+_NEEDED: Mapping[Precision, tuple[str, ...]] = {
+    "w4a8": ("activation", "group_size", "weight_method"),
+    "w4a16": ("group_size", "weight_method"),
+    "w8a8": ("activation", "weight_method"),
+    "float": (),
+}
+_MUST_BE_NULL: Mapping[Precision, tuple[str, ...]] = {
+    "w4a8": (),
+    "w4a16": ("activation", "activation_scale"),
+    "w8a8": ("group_size",),
+    "float": ("activation", "activation_scale", "group_size", "weight_method"),
+}
 
 
 def policy_problems(
@@ -46,7 +56,7 @@ def policy_problems(
             yield _problem(path, "", "missing; every linear of the model has an entry")
     for path, layer in policy.layers.items():
         if path in unmatched:
-            if layer.precision == "w4a8":
+            if layer.precision != "float":
                 yield _problem(path, "precision", f"this layer cannot be quantized ({unmatched[path].reason})")
         elif path not in linears:
             yield _problem(path, "", "the traced model has no such linear")
@@ -57,7 +67,7 @@ def policy_problems(
     for site in sites.fold_sites:
         yield from _shared_input_problems(site, policy)
     if not policy.quantized():
-        yield Problem("$.layers", "no layer is w4a8: there is nothing to quantize")
+        yield Problem("$.layers", "every layer is float: there is nothing to quantize")
 
 
 def _problem(path: str, field: str, message: str) -> Problem:
@@ -71,17 +81,21 @@ def _layer_problems(
         given, traced = getattr(layer, field), getattr(linear, field)
         if given != traced:
             yield _problem(linear.path, field, f"is {given}, but the traced model has {traced}")
+    for field in _MUST_BE_NULL[layer.precision]:
+        if getattr(layer, field) is not None:
+            yield _problem(linear.path, field, f"a {layer.precision} layer has none: set it to null")
     if layer.precision == "float":
-        for field in _FLOAT_LAYER_FIELDS:
-            if getattr(layer, field) is not None:
-                yield _problem(linear.path, field, "a float layer has none: set it to null")
         return
     if linear.path not in maxima:
         yield _problem(linear.path, "precision", "its input was not measured: calibrate again without excluding it")
         return
-    for field in _W4A8_FIELDS:
+    for field in _NEEDED[layer.precision]:
         if getattr(layer, field) is None:
-            yield _problem(linear.path, field, "a w4a8 layer needs one")
+            yield _problem(linear.path, field, f"a {layer.precision} layer needs one")
+    if layer.precision == "w8a8" and layer.weight_method not in (None, "rtn"):
+        yield _problem(linear.path, "weight_method", "a w8a8 layer is rounded to nearest: use rtn")
+    if layer.precision != "w4a8" and layer.signed_scales:
+        yield _problem(linear.path, "signed_scales", "only the plugin runs them, and it runs w4a8 layers only")
     yield from _group_size_problems(layer, linear)
     yield from _activation_problems(layer, linear, float(maxima[linear.path].max()), in_table=in_table)
 
@@ -154,7 +168,7 @@ def _shared_input_problems(site: FoldSite, policy: Policy) -> Iterator[Problem]:
     It changes the rows of a producing linear too, so that one must not have given codes.
     """
     quantized = policy.quantized()
-    tiers = {path: quantized[path].activation for path in site.consumers if path in quantized}
+    tiers = {path: tier for path in site.consumers if path in quantized and (tier := quantized[path].activation)}
     equalized = [path for path, activation in tiers.items() if activation == "lae_static"]
     if not equalized or site.id in policy.equalization:
         return

@@ -1,18 +1,22 @@
-"""From measured ranges to a policy: the FPTQ rule for every linear, then its INT4 codes."""
+"""From measured ranges to a policy: the FPTQ rule for every linear, then its codes."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from calib.choose_equalization import EqualizerOptions, choose_equalization
 from calib.equalize import closed_form_scale, scale_after_equalization
+from calib.given import GivenWeights
+from calib.hessians import owners_from_sites
 from calib.linears import LinearWeights
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
+from calib.precision import DEFAULT_EXCLUDE, Choice, chosen_precisions
+from calib.ranges import CalibratedRange, RangeCalibrator, calibrated_range
 from calib.replay import replay_policy
 from calib.rule import float_layer, tier_from_absmax
 from calib.site_scales import SiteScales, scales_of_policy, site_absmax
@@ -23,10 +27,7 @@ from fptq_export.policy import GROUP_SIZES, ArrayStream, LayerPolicy, Policy, Ru
 from fptq_export.progress import Progress
 from fptq_export.sites import Linear, Sites
 
-__all__ = ["DEFAULT_EXCLUDE", "PolicyOptions", "decide_policy", "excluded_paths", "replay_policy"]
-
-DEFAULT_EXCLUDE = ("lm_head",)
-"""The head stays float: it is a large part of the accuracy and a small part of the work."""
+__all__ = ["PolicyOptions", "decide_policy", "replay_policy"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class PolicyOptions:
     """Let group scales be negative: all 16 levels are used, and only the plugin runs the result."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     """Regular expressions, searched for in torch paths."""
+    range_calibrator: RangeCalibrator = "absmax"
+    """How much of an input a static scale covers."""
+    percentile: float = 99.99
+    """Of the values that a range covers, `percentile` only."""
+    precision: tuple[str, ...] = ()
+    """`REGEX=NAME`: layers of another precision than `w4a8`; later ones win, also over `exclude`."""
     equalization: EqualizerOptions = field(default_factory=EqualizerOptions)
 
     def __post_init__(self) -> None:
@@ -53,6 +60,8 @@ class PolicyOptions:
             raise UserError("--v0, --v1", cause, "the paper has 15 and 150")
         if self.weight_method not in WEIGHT_METHODS:
             raise UserError("--weight-method", f"{self.weight_method!r} is unknown", f"use {', '.join(WEIGHT_METHODS)}")
+        if not 0.0 < self.percentile <= 100.0:
+            raise UserError("--percentile", f"{self.percentile:g} is not above 0 and up to 100", "try 99.99")
         if self.group_size not in GROUP_SIZES:
             supported = ", ".join(map(str, GROUP_SIZES))
             raise UserError("--group-size", f"{self.group_size} is not supported", f"choose one of {supported}")
@@ -86,15 +95,20 @@ def decide_policy(
     """
     options.equalization.check_given(checkpoint.given)
     rule = Rule(v0=options.v0, v1=options.v1, equalizer=options.equalization.equalizer)
-    excluded = excluded_paths([linear.path for linear in sites.linears], options.exclude)
-    layers = {
-        linear.path: float_layer(linear, f"excluded by {excluded[linear.path]!r}: keeps the float precision")
-        if linear.path in excluded
-        else checkpoint.given.layer_policy(linear, _site_absmax(linear, sites, stats, excluded), rule)
-        if checkpoint.given is not None
-        else _layer_policy(linear, _site_absmax(linear, sites, stats, excluded), rule, options)
-        for linear in sites.linears
-    }
+    choices = chosen_precisions([linear.path for linear in sites.linears], options.exclude, options.precision)
+    stays_float = {path for path, choice in choices.items() if choice.precision == "float"}
+    layers = {}
+    for linear in sites.linears:
+        choice = choices.get(linear.path)
+        if choice is not None and choice.precision == "float":
+            layers[linear.path] = float_layer(linear, choice.float_reason)
+            continue
+        absmax = _site_absmax(linear, sites, stats, stays_float)
+        layers[linear.path] = (
+            _given_layer(checkpoint.given, linear, absmax, rule, choice)
+            if checkpoint.given is not None
+            else _layer_policy(linear, absmax, rule, options, choice)
+        )
     layers.update({
         linear.path: LayerPolicy(
             precision="float", activation=None, reason=linear.reason,
@@ -109,6 +123,7 @@ def decide_policy(
             checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
         )
     policy, site_scales = _equalized(policy, sites, stats, checkpoint, options.equalization, hessians, progress)
+    policy = _with_calibrated_ranges(policy, sites, stats, options)
     return policy, policy_arrays(policy, sites, stats.channel_absmax, checkpoint, progress, hessians, site_scales)
 
 
@@ -139,46 +154,18 @@ def _equalized(
     return policy.model_copy(update={"layers": layers}), scales
 
 
-def excluded_paths(paths: Sequence[str], patterns: Sequence[str]) -> dict[str, str]:
-    """Path -> the pattern that excludes it.
-
-    Raises:
-        UserError: A pattern is not a regular expression, or matches no path (unless it is a default).
-    """
-    excluded: dict[str, str] = {}
-    for pattern in patterns:
-        try:
-            matcher = re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"--exclude {pattern!r}", f"not a regular expression ({error})", "mend the pattern"
-            ) from None
-        matches = [path for path in paths if matcher.search(path)]
-        if not matches and pattern not in DEFAULT_EXCLUDE:
-            hint = f"the paths look like {paths[0]}" if paths else ""
-            raise UserError(f"--exclude {pattern!r}", "matches no linear of the model", hint)
-        excluded.update({path: pattern for path in matches if path not in excluded})
-    return excluded
-
-
-def _site_absmax(linear: Linear, sites: Sites, stats: Stats, excluded: Mapping[str, str]) -> float:
+def _site_absmax(linear: Linear, sites: Sites, stats: Stats, excluded: Collection[str]) -> float:
     """V of a linear; linears of one site share it, so that they share the decision."""
     consumers = [linear.path] if linear.site is None else sites.site(linear.site).consumers
     return max(stats.absmax(path) for path in consumers if path not in excluded)
 
 
-def _layer_policy(linear: Linear, absmax: float, rule: Rule, options: PolicyOptions) -> LayerPolicy:
-    group_size = group_size_for(linear.in_features, options.group_size)
-    if group_size is None:
-        tried = ", ".join(str(size) for size in GROUP_SIZES if size <= options.group_size)
-        return float_layer(
-            linear, f"no group size of {tried} divides its {linear.in_features} inputs: keeps the float precision"
-        )
+def _layer_policy(
+    linear: Linear, absmax: float, rule: Rule, options: PolicyOptions, choice: Choice | None
+) -> LayerPolicy:
     activation, reason = tier_from_absmax(absmax, rule, linear)
-    if group_size != options.group_size:
-        reason += f"; group size {group_size}, because {options.group_size} does not divide {linear.in_features}"
     equalized = activation == "lae_static"
-    return LayerPolicy(
+    layer = LayerPolicy(
         precision="w4a8",
         activation=activation,
         reason=reason,
@@ -186,8 +173,83 @@ def _layer_policy(linear: Linear, absmax: float, rule: Rule, options: PolicyOpti
         out_features=linear.out_features,
         input_absmax=absmax,
         activation_scale=None if activation == "per_token" else closed_form_scale(absmax, equalized=equalized),
-        group_size=group_size,
+        group_size=group_size_for(linear.in_features, options.group_size),
         weight_method=options.weight_method,
         signed_scales=options.signed_scales,
         site=linear.site,
     )
+    if choice is not None and choice.precision == "w8a8":
+        reason = f"{reason}; INT8 weights by {choice.pattern!r}"
+        int8 = {"precision": "w8a8", "group_size": None, "weight_method": "rtn", "signed_scales": False}
+        return layer.model_copy(update={**int8, "reason": reason})
+    if layer.group_size is None:
+        tried = ", ".join(str(size) for size in GROUP_SIZES if size <= options.group_size)
+        return float_layer(
+            linear, f"no group size of {tried} divides its {linear.in_features} inputs: keeps the float precision"
+        )
+    if choice is not None and choice.precision == "w4a16":
+        layer = _with_float_input(layer, choice)
+    if layer.group_size == options.group_size:
+        return layer
+    cause = f"group size {layer.group_size}, because {options.group_size} does not divide {linear.in_features}"
+    return layer.model_copy(update={"reason": f"{layer.reason}; {cause}"})
+
+
+def _range_reader(sites: Sites, stats: Stats, options: PolicyOptions) -> Callable[[str], CalibratedRange]:
+    """Give a function that calibrates the range of a linear's input, once for linears that read the same tensor."""
+    owners = owners_from_sites(sites, stats.histograms)
+
+    @cache
+    def range_of_owner(path: str) -> CalibratedRange:
+        histogram, absmax = stats.histogram(path), stats.absmax(path)
+        return calibrated_range(histogram, absmax, options.range_calibrator, options.percentile)
+
+    return lambda path: range_of_owner(owners.get(path, path))
+
+
+def _with_calibrated_ranges(policy: Policy, sites: Sites, stats: Stats, options: PolicyOptions) -> Policy:
+    """Static scales from histograms; others keep theirs.
+
+    A histogram is measured on the input as it is, so an equalized input keeps its scale. Given scales are kept.
+    """
+    name = options.range_calibrator
+    if name == "absmax":
+        return policy
+    range_of = _range_reader(sites, stats, options)
+    by = f"{name} {options.percentile:g}" if name == "percentile" else name
+    equalized = {path for site in policy.equalizations() for path in sites.site(site).consumers}
+    layers = dict(policy.layers)
+    for path, layer in policy.quantized().items():
+        if layer.activation_scale is None:
+            continue
+        if layer.weight_method == "given" or path in equalized:
+            cause = (
+                "the scale is given" if layer.weight_method == "given" else "its histogram is from before equalization"
+            )
+            layers[path] = layer.model_copy(update={"reason": f"{layer.reason}; not by {name}: {cause}"})
+            continue
+        chosen = range_of(path)
+        words = f"range {chosen.absmax:.6g} by {by} clips {chosen.clipped:.3g} of the values"
+        update = {"activation_scale": closed_form_scale(chosen.absmax, equalized=False)}
+        layers[path] = layer.model_copy(update={**update, "reason": f"{layer.reason}; {words}"})
+    return policy.model_copy(update={"layers": layers})
+
+
+def _with_float_input(layer: LayerPolicy, choice: Choice) -> LayerPolicy:
+    """The same INT4 weight with an input that is not quantized. No plugin runs it, so its scales are positive."""
+    reason = f"INT4 weights and a float input by {choice.pattern!r}"
+    update = {"precision": "w4a16", "activation": None, "activation_scale": None, "signed_scales": False}
+    return layer.model_copy(update={**update, "reason": reason})
+
+
+def _given_layer(given: GivenWeights, linear: Linear, absmax: float, rule: Rule, choice: Choice | None) -> LayerPolicy:
+    layer = given.layer_policy(linear, absmax, rule)
+    if choice is None:
+        return layer
+    signed = layer.signed_scales and choice.precision == "w4a16"
+    if layer.precision == "float" or choice.precision == "w8a8" or signed:
+        cause = f"{linear.path} cannot be {choice.precision}: the model came quantized, with other codes or none for it"
+        raise UserError(
+            f"--precision {choice.pattern!r}", cause, "leave the pattern out, or start from the float model"
+        )
+    return _with_float_input(layer, choice) if choice.precision == "w4a16" else layer

@@ -1,4 +1,4 @@
-"""Calibration text from files and data sets: a source name becomes a stream of documents."""
+"""Text from files and data sets: a source name becomes a stream of documents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def documents_from_source(source: str, seed: int) -> Iterator[str]:
     if path.suffix == ".jsonl":
         return _documents_from_jsonl(path)
     if path.exists() or not _DATASET_ID.fullmatch(source):
-        raise UserError(source, "not a source of calibration text", SOURCES_HINT)
+        raise UserError(source, "not a source of text", SOURCES_HINT)
     return _documents_from_dataset(source, seed)
 
 

@@ -2,7 +2,8 @@
 
 Every linear follows the numeric contract of `fptq_export.numerics`: activation codes and INT4 codes times group scales
 are multiplied as float32, in which both are exact, then come the activation scale, the bias, and one rounding to the
-type of the model. Only the order of the float32 sum differs from the exact integer sums of the contract.
+type of the model. Only the order of the float32 sum differs from the exact integer sums of the contract. INT8 codes
+times their scale are rounded to float32 once more.
 
 Where a norm produces the equalized tensor, consumers divide it by s themselves; the exported graph folds s into the
 norm weight, which differs by the rounding of that weight.
@@ -116,7 +117,7 @@ def apply_policy(
         policy: Complete.
         arrays: As `policy_arrays` made them; codes are not needed for `float` weights.
         sites: Fold sites of the policy.
-        weights: `int4` takes the codes of the policy; `float` keeps the (equalized) float weights: W16.
+        weights: `int4` takes the codes of the policy, INT8 ones too; `float` keeps the (equalized) float weights: W16.
         quantize_activations: False leaves activations float: A16, with the same weights.
 
     Returns:
@@ -137,7 +138,7 @@ def apply_policy(
         if layer.precision == "float" and reads_as_before and touched.output is None:
             continue
         linear = replaced[path] = model.get_submodule(path)
-        coded = weights == "int4" and layer.precision == "w4a8"
+        coded = weights == "int4" and layer.precision != "float"
         weight = _weight_from_codes(path, layer, arrays) if coded else _float_weight(linear, touched)
         runs = layer.activation if quantize_activations else None
         replacement = FakeQuantLinear(
@@ -171,7 +172,10 @@ def applied_policy(
 
 
 def _weight_from_codes(path: str, layer: LayerPolicy, arrays: Arrays) -> torch.Tensor:
-    """Codes times group scales; exact in float32, for 4 bits times 11 bits are 15."""
+    """Codes times scales. INT4 is exact in float32, for 4 bits times 11 bits are 15; INT8 is rounded once."""
+    if layer.precision == "w8a8":
+        channel_scales = torch.from_numpy(arrays[f"{path}.weight_scales"])
+        return torch.from_numpy(arrays[f"{path}.weight_codes"]).to(torch.float32) * channel_scales[:, None]
     codes = torch.from_numpy(int4_from_packed(arrays[f"{path}.weight_codes"])).to(torch.float32)
     scales = torch.from_numpy(arrays[f"{path}.weight_scales"]).to(torch.float32)
     groups = codes.reshape(layer.out_features, scales.shape[1], -1)

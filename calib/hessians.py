@@ -8,7 +8,7 @@ The matrices of a model are larger than the model, so they are written as they c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ HESSIANS_FILE = "hessians.safetensors"
 _SUFFIX = ".hessian"
 
 
-def owners_from_sites(sites: Sites, paths: Collection[str]) -> dict[str, str]:
+def owners_from_sites(sites: Sites, paths: Container[str]) -> dict[str, str]:
     """Path of each linear -> path of the first linear among `paths` that reads the same tensor."""
     first: dict[str, str] = {}
     for linear in sites.linears:
@@ -35,18 +35,23 @@ def owners_from_sites(sites: Sites, paths: Collection[str]) -> dict[str, str]:
 
 
 @contextmanager
-def hessian_writer(path: Path, in_features: Mapping[str, int]) -> Iterator[Callable[[str, torch.Tensor], None]]:
+def hessian_writer(
+    path: Path, in_features: Mapping[str, int], *, draft: Path | None = None, written: Collection[str] = ()
+) -> Iterator[Callable[[str, torch.Tensor], None]]:
     """Open the file for writing; it appears under its name when the block ends and every matrix came.
 
     Args:
         path: Where it goes.
-        in_features: Linear path -> in, for every matrix that will be written.
+        in_features: Linear path -> in, for every matrix of the file.
+        draft: Where it lies until it is complete; see `tensor_writer`.
+        written: Linears whose matrices an earlier process put into the draft.
 
     Yields:
         A function that stores the matrix of one linear, float32 [in, in].
     """
     specs = {f"{name}{_SUFFIX}": TensorSpec.of("float32", size, size) for name, size in in_features.items()}
-    with tensor_writer(path, specs) as writer:
+    names = [f"{name}{_SUFFIX}" for name in written]
+    with tensor_writer(path, specs, draft=draft, written=names) as writer:
         yield lambda name, hessian: writer.write(f"{name}{_SUFFIX}", hessian.numpy())
 
 

@@ -1,4 +1,4 @@
-"""The arrays of a policy: equalization scales, INT4 codes and group scales, one linear in memory at a time."""
+"""The arrays of a policy: equalization scales, integer codes and their scales, one linear in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from calib.linears import LinearWeights
 from calib.load import Checkpoint
 from calib.site_scales import SiteScales, scales_of_policy
 from calib.weights import WEIGHT_METHODS, WeightProblem
+from calib.weights.per_channel import quantize_int8
 from fptq_export.errors import UserError
 from fptq_export.packing import packed_from_int4
 from fptq_export.policy import ArrayStream, LayerPolicy, Policy
@@ -79,15 +80,24 @@ def policy_arrays(
                     continue
                 touched = scales.get(path, LinearScales())
                 weight = equalized_weight(weights.read(path), touched)
-                codes, group_scales = _quantize_layer(path, layer, weight, read_hessian(path, touched))
-                yield f"{path}.weight_codes", packed_from_int4(codes)
-                yield f"{path}.weight_scales", group_scales
+                codes, weight_scales = (
+                    _int8_arrays(path, weight)
+                    if layer.precision == "w8a8"
+                    else _int4_arrays(path, layer, weight, read_hessian(path, touched))
+                )
+                yield f"{path}.weight_codes", codes
+                yield f"{path}.weight_scales", weight_scales
                 task.advance()
 
     return ArrayStream(specs, arrays())
 
 
 def _weight_specs(path: str, layer: LayerPolicy) -> dict[str, TensorSpec]:
+    if layer.precision == "w8a8":
+        return {
+            f"{path}.weight_codes": TensorSpec.of("int8", layer.out_features, layer.in_features),
+            f"{path}.weight_scales": TensorSpec.of("float32", layer.out_features),
+        }
     if layer.group_size is None:
         raise RuntimeError(f"{path} is to be quantized, but its policy has no group size")
     return {
@@ -140,9 +150,17 @@ def _check_shape(path: str, layer: LayerPolicy, weights: LinearWeights) -> None:
         raise UserError(f"layer {path}", cause, "trace the model again")
 
 
-def _quantize_layer(
+def _int8_arrays(path: str, weight: torch.Tensor) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    codes, scales = quantize_int8(weight)
+    if not torch.isfinite(scales).all():
+        cause = "its equalized weight is not finite in float32"
+        raise UserError(f"layer {path}", cause, f"leave it in float: --precision '{path}=float'")
+    return codes.numpy(), scales.numpy()
+
+
+def _int4_arrays(
     path: str, layer: LayerPolicy, weight: torch.Tensor, hessian: torch.Tensor | None
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     if layer.weight_method is None or layer.group_size is None:
         raise RuntimeError(f"{path} is to be quantized, but its policy has no weight method or no group size")
     problem = WeightProblem(weight, layer.group_size, hessian, signed_scales=layer.signed_scales)
@@ -157,4 +175,4 @@ def _quantize_layer(
             f"its equalized weight reaches {weight.abs().max().item():.4g}: the group scale does not fit float16",
             f"exclude the layer: --exclude '{path}'",
         )
-    return quantized.codes.numpy(), quantized.scales.numpy()
+    return packed_from_int4(quantized.codes.numpy()), quantized.scales.numpy()

@@ -75,7 +75,7 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     entries, sites_read = policy.equalizations(), sites.site_by_consumer()
     layers = {}
     for name, layer in policy.layers.items():
-        if layer.precision == "w4a8":
+        if layer.precision != "float":
             site = sites_read.get(name, "")
             scale = scale_after_equalization(maxima[name], entries.get(site), scales.equalization.get(site))
             measured = float(maxima[name].max())
@@ -148,7 +148,7 @@ def _completed(
 ) -> LayerPolicy:
     """Fill in what an edit left open: the closed-form scale, and who decided."""
     update: dict[str, Any] = {"input_absmax": measured}
-    if layer.activation_scale is None and layer.activation != "per_token":
+    if layer.activation_scale is None and layer.activation not in (None, "per_token"):
         update["activation_scale"] = scale
     activation: Activation | None
     if layer.weight_method == "given" and given is not None:
@@ -157,7 +157,7 @@ def _completed(
     else:
         activation, rule_reason = tier_from_absmax(measured, rule, linear)
     if layer.activation != activation and layer.reason.startswith((RULE_REASON_START, rule_reason)):
-        update["reason"] = f"{_BY_HAND} to {layer.activation}; by the rule: {rule_reason}"
+        update["reason"] = f"{_BY_HAND} to {layer.activation or layer.precision}; by the rule: {rule_reason}"
     return layer.model_copy(update=update)
 
 

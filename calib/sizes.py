@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFReader
 
-from calib.decide import excluded_paths
 from calib.hub import directory_from_hub
 from calib.interchange import quantization_from_directory
 from calib.linears import linears_from_model
 from calib.load import checkpoint_from_directory, skeleton_from_checkpoint
+from calib.precision import chosen_precisions
 from fptq_export.errors import UserError
+from fptq_export.policy import Precision
 from fptq_export.progress import Progress
 
 __all__ = ["ModelSizes", "sizes_from_model"]
 
 _GGUF_FLOAT_TENSORS = ("token_embd.", "output.")
 """Embedding and head: matrices of a GGUF file that are not quantized by default."""
+
+_STORED: Mapping[Precision, str] = {"w4a8": "int4", "w4a16": "int4", "w8a8": "int8", "float": "float"}
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,19 @@ class ModelSizes:
     """All of them; tied ones count once."""
     quantized: int
     """Those in linears that will be INT4."""
+    int8: int = 0
+    """Those in linears that will be INT8."""
 
 
-def sizes_from_model(model: str, exclude: Sequence[str], progress: Progress, *, trust_remote_code: bool) -> ModelSizes:
+def sizes_from_model(
+    model: str, exclude: Sequence[str], precision: Sequence[str], progress: Progress, *, trust_remote_code: bool
+) -> ModelSizes:
     """Count the weights of a directory, a hub id or a GGUF file without reading or converting any.
 
+    A GGUF file is counted as if there were no patterns: its names are not those of the model.
+
     Raises:
-        UserError: The model cannot be opened.
+        UserError: The model cannot be opened, or a pattern matches nothing.
     """
     path = Path(model)
     if path.suffix == ".gguf":
@@ -52,10 +61,13 @@ def sizes_from_model(model: str, exclude: Sequence[str], progress: Progress, *, 
     )
     skeleton = skeleton_from_checkpoint(checkpoint)
     linears = linears_from_model(skeleton)
-    excluded = excluded_paths(list(linears), exclude)
-    names = {f"{linear}.weight" for linear in linears if linear not in excluded}
+    choices = chosen_precisions(list(linears), exclude, precision)
     counts = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
-    return ModelSizes(sum(counts.values()), sum(count for name, count in counts.items() if name in names))
+    bits = {"int4": 0, "int8": 0, "float": 0}
+    for linear in linears:
+        chosen = choices[linear].precision if linear in choices else "w4a8"
+        bits[_STORED[chosen]] += counts.get(f"{linear}.weight", 0)
+    return ModelSizes(sum(counts.values()), bits["int4"], bits["int8"])
 
 
 def _sizes_from_gguf(path: Path) -> ModelSizes:

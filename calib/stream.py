@@ -1,5 +1,8 @@
 """Run a causal LM block by block: one decoder block and the hidden states of all windows are in memory, nothing else.
 
+Blocks run on any device; hidden states wait on the CPU, or in files where they exceed a limit. What lies outside the
+blocks (embedding, head) runs on the CPU. So a model larger than a GPU needs no map of devices.
+
 The model is opened lazily (its parameters are a memory map of the checkpoint), so opening it again for each block costs
 a fraction of a second and lets go of the pages of the block before. Everything runs in float32, whatever is stored.
 
@@ -9,13 +12,15 @@ over the tokens in which blocks hand on their input records it; real blocks then
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from calib.devices import CPU
+from calib.hidden import HiddenStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,36 +58,54 @@ class BlockStream:
         tokens: int64 [windows, seq].
         batch_size: Windows a forward pass. Results do not depend on it, up to the order of float sums.
         head: Whether `run_rest` runs the head too.
+        device: Where blocks run.
+        hidden: Keeps the hidden states; in memory if not given.
     """
 
-    def __init__(self, load: LoadModel, tokens: torch.Tensor, batch_size: int, *, head: bool) -> None:
+    def __init__(
+        self,
+        load: LoadModel,
+        tokens: torch.Tensor,
+        batch_size: int,
+        *,
+        head: bool,
+        device: torch.device = CPU,
+        hidden: HiddenStates | None = None,
+    ) -> None:
         self._load = load
         self._head = head
+        self._device = device
         self._batches = tokens.split(batch_size)
         model = load()
         self.path = blocks_path(model)
         self.count = 0 if self.path is None else len(_blocks(model, self.path))
         self._calls: list[list[_Call]] = [[] for _ in range(self.count)]
-        self._hidden: list[torch.Tensor] = []
+        self._hidden = HiddenStates() if hidden is None else hidden
         self._tuple_length: int | None = None
         if self.count:
             self._record(model)
 
     def load_block(self, index: int) -> nn.Module:
-        """One block in float32, a copy of its own."""
-        block: nn.Module = copy.deepcopy(_blocks(self._load(), self.path)[index])
-        return block.to(torch.float32)
+        """One block in float32 on the device. Nobody else has it: it may be changed."""
+        block: nn.Module = _blocks(self._load(), self.path)[index]
+        return block.to(self._device, torch.float32)
+
+    def restore(self, count: int) -> None:
+        """Go on after the first blocks, with the hidden states that an earlier process wrote."""
+        self._hidden.restore(count)
+        self._calls[:count] = [[] for _ in range(count)]
 
     def replay(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Run a block on every batch that reached it and give its outputs; the stream stays where it is."""
-        for hidden, call in zip(self._hidden, self._calls[index], strict=True):
-            yield _hidden_from_output(_run(block, hidden, call))
+        for batch, call in enumerate(self._calls[index]):
+            yield _hidden_from_output(_run(block, self._hidden.read(batch), call, self._device))
 
     def advance(self, index: int, block: nn.Module) -> Iterator[int]:
         """Replace the hidden states by the block's outputs; gives the tokens of each batch as it is done."""
         for batch, output in enumerate(self.replay(index, block)):
-            self._hidden[batch] = output
+            self._hidden.write(batch, output)
             yield self._batches[batch].numel()
+        self._hidden.finish_block()
         self._calls[index] = []
 
     def run_rest(self, prepare: Callable[[nn.Module], Any]) -> None:
@@ -97,7 +120,7 @@ class BlockStream:
         for block in blocks[:-1]:
             block.forward = lambda *args, **kwargs: self._as_output(_hidden_from_arguments(args, kwargs))
         if blocks:
-            outputs = iter(self._hidden)  # one for each batch, in the order they run
+            outputs = map(self._hidden.read, range(len(self._hidden)))  # one for each batch, in the order they run
             blocks[-1].forward = lambda *_args, **_kwargs: self._as_output(next(outputs))
         prepare(model)
         for ids in self._batches:
@@ -119,7 +142,7 @@ class BlockStream:
             if index == 0:
                 self._hidden.append(hidden)
                 if self._tuple_length is None:
-                    output = _run(self.load_block(0), hidden, call)
+                    output = _run(self.load_block(0), hidden, call, self._device)
                     self._tuple_length = len(output) if isinstance(output, tuple) else 0
             return self._as_output(hidden)
 
@@ -137,7 +160,11 @@ class BlockStream:
         return body.to(torch.float32)
 
 
-def _run(block: nn.Module, hidden: torch.Tensor, call: _Call) -> Any:
+def _run(block: nn.Module, hidden: torch.Tensor, call: _Call, device: torch.device) -> Any:
+    if device != CPU:
+        from accelerate.utils import send_to_device
+
+        hidden, call = hidden.to(device), _Call(*send_to_device((call.args, call.kwargs), device))
     with torch.inference_mode():
         return block(hidden, *call.args, **call.kwargs)
 

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-__all__ = ["ExitCode", "FptqError", "GateError", "PrecisionError", "Problem", "UserError", "UserErrors"]
+__all__ = [
+    "AnotherRankError",
+    "ExitCode",
+    "FptqError",
+    "GateError",
+    "PrecisionError",
+    "Problem",
+    "UserError",
+    "UserErrors",
+]
 
 
 class ExitCode(IntEnum):
@@ -86,3 +95,11 @@ class PrecisionError(FptqError):
     """A graph or an engine would run, or runs, another precision than its policy says."""
 
     exit_code = ExitCode.PRECISION_PROOF
+
+
+class AnotherRankError(FptqError):
+    """Another process of this run failed. It says why; this one ends with the same exit code and without a word."""
+
+    def __init__(self, exit_code: ExitCode) -> None:
+        self.exit_code = exit_code
+        super().__init__(exit_code)

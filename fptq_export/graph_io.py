@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,38 @@ OnTensor = Callable[[int, int], None]
 """Called with (tensors written, tensors in all)."""
 
 
+class _StoredTensor(ir.ExternalTensor):
+    """A tensor in a data file that keeps nothing of what is read.
+
+    The library's keeps the memory map, and unpacked values where an element is narrower than a byte. A pass that reads
+    every weight once would end with the whole model in memory.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def like(cls, tensor: ir.ExternalTensor, location: str, directory: str, name: str) -> _StoredTensor:
+        """`tensor`, with another name or in another file."""
+        place = (location, tensor.offset, tensor.length, tensor.dtype)
+        return cls(*place, shape=tensor.shape, name=name, base_dir=directory)
+
+    def _anew(self) -> ir.ExternalTensor:
+        place = (self.location, self.offset, self.length, self.dtype)
+        return ir.ExternalTensor(*place, shape=self.shape, name=self.name, base_dir=self.base_dir)
+
+    def numpy(self) -> NDArray[np.generic]:
+        """The values, mapped from the file for as long as somebody holds them."""
+        array: NDArray[np.generic] = self._anew().numpy()
+        return array
+
+    def tobytes(self) -> bytes:
+        """The bytes, read anew."""
+        return self._anew().tobytes()
+
+    def __array__(self, dtype: Any = None) -> NDArray[np.generic]:
+        return np.asarray(self.numpy(), dtype)
+
+
 def data_path(onnx_path: Path) -> Path:
     """`model.onnx` -> `model.onnx.data`."""
     return onnx_path.with_name(onnx_path.name + DATA_SUFFIX)
@@ -40,6 +73,10 @@ def load_graph(path: Path) -> ir.Model:
     if not model.graph.outputs:
         # An empty file, or one cut off between two fields, is a valid protobuf.
         raise UserError(str(path), "not a readable ONNX file (it holds no graph)", "export the model again")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _StoredTensor.like(tensor, str(tensor.location), str(tensor.base_dir), tensor.name)
     return model
 
 
@@ -95,15 +132,7 @@ def write_weights(model: ir.Model, target: Path, on_tensor: OnTensor | None = No
             tensors, str(partial.parent), partial.name, callback=report
         )
     for value, tensor in zip(values, written, strict=True):
-        value.const_value = ir.ExternalTensor(
-            target.name,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=value.name or "",
-            base_dir=str(target.parent),
-        )
+        value.const_value = _StoredTensor.like(tensor, target.name, str(target.parent), value.name or "")
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

@@ -8,6 +8,8 @@ The function body in the ONNX graph, the plugin, the CPU path and the torch fake
     per token: scale = max(max|x|, eps) / 127 in float32
     exact integer sums inside each group; sum over groups of (integer sum x group scale)
     times the activation scale; plus bias; rounded once to the output type
+
+INT8 weights are the same with one group: one float32 scale for each output channel.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ __all__ = [
     "integer_scales",
     "per_token_scale",
     "quantize_activation",
+    "quantize_weight_int8",
     "quantize_weight_rtn",
     "static_scale",
     "w4a8_linear",
+    "w8a8_linear",
+    "weight_scale_int8",
     "weight_scale_rtn",
 ]
 
@@ -164,6 +169,52 @@ def w4a8_linear(
     w = w_codes.astype(np.int64).reshape(w_codes.shape[0], channels // group_size, group_size)
     group_sums = np.einsum("tgk,ngk->tng", x, w)
     y: NDArray[np.float64] = (group_sums.astype(np.float64) * w_scale.astype(np.float64)[None]).sum(axis=-1)
+    y = y * np.asarray(x_scale, dtype=np.float64)
+    return y if bias is None else y + bias.astype(np.float64)
+
+
+def weight_scale_int8(weight: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Scales of INT8 weights: max|w| / 127 of each output channel.
+
+    Args:
+        weight: [out, in].
+
+    Returns:
+        float32 [out], positive: a channel of zeros gets the smallest normal float32. float16 would not do: a channel
+        whose largest weight is below 127 x 2^-14 = 0.0078 has no normal float16 scale.
+    """
+    scale: NDArray[np.float32] = np.abs(weight.astype(np.float32)).max(axis=1) / np.float32(INT8_MAX)
+    return np.maximum(scale, np.finfo(np.float32).tiny)
+
+
+def quantize_weight_int8(weight: NDArray[np.floating], scale: NDArray[np.float32]) -> NDArray[np.int64]:
+    """INT8 codes clip(rint(w / scale), -127, 127), division in float32; [out, in], [out] -> [out, in]."""
+    ratio = weight.astype(np.float32) / scale.astype(np.float32)[:, None]
+    codes: NDArray[np.int64] = np.clip(np.rint(ratio), -INT8_MAX, INT8_MAX).astype(np.int64)
+    return codes
+
+
+def w8a8_linear(
+    x_codes: NDArray[np.integer],
+    x_scale: NDArray[np.float32] | np.float32,
+    w_codes: NDArray[np.integer],
+    w_scale: NDArray[np.float32],
+    bias: NDArray[np.floating] | None = None,
+) -> NDArray[np.float64]:
+    """The W8A8 linear of the numeric contract, before the one rounding to the output type.
+
+    Args:
+        x_codes: INT8 activation codes, [tokens, in].
+        x_scale: float32, a scalar or [tokens, 1].
+        w_codes: INT8 weight codes, [out, in].
+        w_scale: float32 channel scales, [out].
+        bias: [out] or None.
+
+    Returns:
+        float64, [tokens, out].
+    """
+    sums = x_codes.astype(np.int64) @ w_codes.astype(np.int64).T
+    y: NDArray[np.float64] = sums.astype(np.float64) * w_scale.astype(np.float64)
     y = y * np.asarray(x_scale, dtype=np.float64)
     return y if bias is None else y + bias.astype(np.float64)
 

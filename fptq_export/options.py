@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 __all__ = ["RunOptions"]
 
@@ -28,6 +28,8 @@ class RunOptions(BaseModel):
     """`tensorrt`, `tensorrt-rtx`, `onnx`; None picks what this machine can build."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Type of everything that is not quantized."""
+    rotate: bool = False
+    """Rotate the residual stream by a Hadamard matrix, fused into the weights, before anything else."""
     policy: str = "paper"
     """`paper`, or a policy.json to replay."""
     v0: float = Field(default=15.0, ge=0.0, allow_inf_nan=False)
@@ -36,15 +38,21 @@ class RunOptions(BaseModel):
     """What equalizes inputs at fold sites: LAE between v0 and v1, nothing, or one method at every site."""
     smoothquant_alpha: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.5
     """Exponent of the activations in `smoothquant`; `auto` searches it site by site."""
+    range_calibrator: Literal["absmax", "percentile", "mse", "entropy"] = "absmax"
+    """How much of an input a static scale covers: everything, or less than its outliers."""
+    percentile: float = Field(default=99.99, gt=0.0, le=100.0)
+    """Of the values that `range_calibrator` percentile covers."""
     group_size: Literal[128, 64, 32, 16] = 128
-    weight_method: Literal["rtn", "mse", "clip", "gptq", "gptq+cd", "two_level", "integer_scale", "awq", "gptq+awq"] = (
-        "rtn"
-    )
+    weight_method: Literal[
+        "rtn", "mse", "clip", "awq", "gptq", "gptq+awq", "gptq+cd", "adaround", "two_level", "integer_scale"
+    ] = "rtn"
     """`awq` is `equalizer` awq with `clip`, `gptq+awq` the same with `gptq`; both take the default `equalizer` only."""
     signed_scales: bool = False
     """Let group scales be negative, so that all 16 levels are used; needs `plugin` on."""
     exclude: tuple[str, ...] = ("lm_head",)
     """Regular expressions of torch paths that keep the float precision."""
+    precision: tuple[str, ...] = ()
+    """`REGEX=NAME` with `w4a8`, `w4a16`, `w8a8` or `float`; later ones win, also over `exclude`."""
     calib_dataset: str = "builtin"
     """`builtin`, `random`, a .txt, .jsonl or .npz file, or a datasets id."""
     calib_size: PositiveInt = 64
@@ -53,6 +61,10 @@ class RunOptions(BaseModel):
     batch_size: NonNegativeInt = 0
     """Samples in one forward pass of calibration; 0 picks one."""
     seed: NonNegativeInt = 0
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Runs the decoder blocks in calibration: `auto`, `cpu`, `cuda` or `cuda:1`."""
+    max_memory: ByteSize | None = None
+    """Bytes of hidden states that calibration holds in memory, in each process; the rest lies on disk."""
     verify: bool = True
     eval_windows: PositiveInt = 8
     """Windows of held-out text for perplexity."""

@@ -9,6 +9,8 @@ Arrays, by name:
 |---|---|---|
 | `<layer>.weight_codes` | uint8 [out, in/2] | INT4 codes of the equalized weight, two a byte along `in` (`packing`) |
 | `<layer>.weight_scales` | float16 [out, in/group_size] | group scales |
+| `<layer>.weight_codes` | int8 [out, in] | `w8a8`: INT8 codes of the equalized weight |
+| `<layer>.weight_scales` | float32 [out] | `w8a8`: channel scales; those of rows below 0.0078 are no normal float16 |
 | `<layer>.input_absmax` | float32 [in] | largest magnitude of each input channel seen in calibration |
 | `<site>.equalization` | float32 [channels] | s of every equalized fold site: x' = x / s |
 | `<site>.input_rms` | float32 [channels] | root mean square of x, for sites whose s is computed from it |
@@ -39,6 +41,7 @@ __all__ = [
     "LayerPolicy",
     "Policy",
     "PolicyArrays",
+    "Precision",
     "SiteEqualization",
     "arrays_path",
     "group_size_for",
@@ -52,8 +55,8 @@ GROUP_SIZES = (128, 64, 32, 16)
 """Group sizes that TensorRT fuses into one weight-only GEMM and our kernels support, largest first."""
 
 Activation = Literal["static", "lae_static", "per_token"]
-Precision = Literal["w4a8", "float"]
-WeightMethod = Literal["rtn", "mse", "clip", "gptq", "gptq+cd", "two_level", "integer_scale", "given"]
+Precision = Literal["w4a8", "w4a16", "w8a8", "float"]
+WeightMethod = Literal["rtn", "mse", "clip", "gptq", "gptq+cd", "adaround", "two_level", "integer_scale", "given"]
 """`given`: codes and scales are those of a checkpoint that was quantized before; no option selects it."""
 EqualizationMethod = Literal["lae", "smoothquant", "awq", "search"]
 Equalizer = Literal["paper", "none", "lae", "smoothquant", "awq", "search"]
@@ -67,9 +70,12 @@ class _Model(BaseModel):
 class LayerPolicy(_Model):
     """What one linear runs.
 
+    `precision` is `w4a8` (INT4 weights in groups, INT8 activations), `w4a16` (the same weights, float activations),
+    `w8a8` (INT8 weights with one scale an output channel, INT8 activations) or `float`.
+
     `activation` is the tier of the FPTQ rule: `static` (INT8, one scale for the tensor), `lae_static` (logarithmic
     equalization folded into the producer, then the same), `per_token` (INT8, one scale for each token, computed at run
-    time). `float` layers keep the precision of the graph and have no activation entry.
+    time). Inputs of `w4a16` and `float` layers keep the precision of the graph: they have no activation entry.
     """
 
     precision: Precision
@@ -91,8 +97,15 @@ class LayerPolicy(_Model):
 
     @property
     def bits_per_weight(self) -> float | None:
-        """4 bits a code plus a 16-bit scale a group; None for `float` layers."""
+        """A code and its share of a scale: 16 bits a group of INT4, 32 bits a row of INT8; None for `float` layers."""
+        if self.precision == "w8a8":
+            return 8.0 + 32.0 / self.in_features
         return None if self.group_size is None else 4.0 + 16.0 / self.group_size
+
+    @property
+    def effective_bits(self) -> float:
+        """`bits_per_weight`, and 16 for `float` layers."""
+        return 16.0 if self.bits_per_weight is None else self.bits_per_weight
 
 
 class SiteEqualization(_Model):
@@ -161,8 +174,8 @@ class Policy(_Model):
     """Site id -> how it is equalized, whatever the tiers of its layers. Sites of `lae_static` layers need no entry."""
 
     def quantized(self) -> dict[str, LayerPolicy]:
-        """The layers that run W4A8, by torch path."""
-        return {path: layer for path, layer in self.layers.items() if layer.precision == "w4a8"}
+        """The layers whose weights are integers, by torch path."""
+        return {path: layer for path, layer in self.layers.items() if layer.precision != "float"}
 
     def equalizations(self) -> dict[str, SiteEqualization]:
         """Every equalized fold site, by id: the table, and LAE where a layer is `lae_static`."""
@@ -175,17 +188,17 @@ class Policy(_Model):
 
 
 class PolicyArrays:
-    """`policy.safetensors`, memory-mapped: one array is read at a time."""
+    """`policy.safetensors`: one array is read at a time, and nothing is kept."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(str(path), "no such file", "keep it beside policy.json, or calibrate again")
         self.path = path
         try:
-            self._file: Any = safe_open(str(path), framework="np")
+            with safe_open(str(path), framework="np") as file:
+                self._names = frozenset(file.keys())
         except SafetensorError as error:
             raise UserError(str(path), f"damaged ({error})", "restore it, or calibrate again") from None
-        self._names = frozenset(self._file.keys())
 
     def __contains__(self, name: str) -> bool:
         """Whether an array of that name is stored."""
@@ -203,7 +216,9 @@ class PolicyArrays:
         """
         if name not in self._names:
             raise UserError(str(self.path), f"array {name!r} is missing", "calibrate again")
-        array: NDArray[Any] = self._file.get_tensor(name)
+        # Opened anew: a file that stays open keeps the pages of every array that was read.
+        with safe_open(str(self.path), framework="np") as file:
+            array: NDArray[Any] = file.get_tensor(name)
         if shape is not None and array.shape != shape:
             cause = f"array {name!r} is {list(array.shape)}, but policy.json asks for {list(shape)}"
             raise UserError(str(self.path), cause, "give the edited policy to --policy, which computes its arrays")

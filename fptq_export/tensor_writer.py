@@ -7,7 +7,7 @@ are known before the first value is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -55,11 +55,17 @@ class TensorSpec:
 class TensorWriter:
     """Puts tensors into their places in a file, in any order."""
 
-    def __init__(self, file: IO[bytes], specs: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        specs: Mapping[str, TensorSpec],
+        offsets: Mapping[str, int],
+        written: Collection[str] = (),
+    ) -> None:
         self._file = file
         self._specs = specs
         self._offsets = offsets
-        self._missing = set(specs)
+        self._missing = set(specs) - set(written)
 
     def write(self, name: str, values: NDArray[Any]) -> None:
         """Store one tensor.
@@ -87,7 +93,12 @@ class TensorWriter:
 
 @contextmanager
 def tensor_writer(
-    path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    draft: Path | None = None,
+    written: Collection[str] = (),
 ) -> Iterator[TensorWriter]:
     """Open a file; it appears under its name when the block ends and every tensor came.
 
@@ -97,6 +108,9 @@ def tensor_writer(
         path: Where the file goes.
         specs: Every tensor of the file.
         metadata: Words that the file carries.
+        draft: Where it lies until it is complete, on the same disk; it stays there after a failure. By default a
+            temporary name beside `path`, which is removed.
+        written: Tensors that an earlier process put into the draft. Specs and metadata are those of that process.
 
     Raises:
         ValueError: A tensor that was announced never came.
@@ -117,10 +131,19 @@ def tensor_writer(
     header = json.dumps(entries, ensure_ascii=False).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     start = 8 + len(header)
-    with atomic_path(path) as partial:
-        with partial.open("wb") as file:
+    with atomic_path(path) if draft is None else _kept(draft, path) as partial:
+        with partial.open("r+b" if written else "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.truncate(start + (ends[-1] if ends else 0))
-            writer = TensorWriter(file, specs, {name: start + begin for name, begin in zip(order, begins, strict=True)})
+            offsets = {name: start + begin for name, begin in zip(order, begins, strict=True)}
+            writer = TensorWriter(file, specs, offsets, written)
             yield writer
         writer.check_complete()
+
+
+@contextmanager
+def _kept(draft: Path, path: Path) -> Iterator[Path]:
+    """As `atomic_path`, but the draft has a place of its own and stays after a failure."""
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    yield draft
+    draft.replace(path)

@@ -212,6 +212,15 @@ def opt_fp32(make_model_dir: ModelDirFactory) -> Traced:
     return traced_once(model_once(make_model_dir, tiny_opt()), "fp32")
 
 
+@pytest.fixture(scope="session")
+def gemma_fp32(make_model_dir: ModelDirFactory) -> Traced:
+    """Norms that multiply by 1 + w, tied head; one layer."""
+    from tests.support.models import model_once, tiny_gemma
+    from tests.support.traced import traced_once
+
+    return traced_once(model_once(make_model_dir, tiny_gemma()), "fp32")
+
+
 @pytest.fixture
 def tiny_llama_copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     """A copy of the tiny LLaMA that a test may damage."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from fptq_export.errors import UserError
 from fptq_export.graph_io import data_path, lazy_tensor, load_graph, save_graph, write_weights
 from fptq_export.packing import packed_from_int4
+from tests.support.process_memory import is_mapped
 
 SMALL, LARGE = (16,), (32, 16)
 """64 bytes and 2048 bytes of float32: below and above what stays in the .onnx file."""
@@ -181,3 +183,53 @@ def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.onnx: not a readable ONNX file"):
         load_graph(path)
+
+
+def test_stored_weights_stay_mapped_only_while_they_are_held(tmp_path: Path) -> None:
+    """A tensor that kept what was read would hold the whole model after one pass over it."""
+    path = tmp_path / "model.onnx"
+    model = _model(LARGE)
+    write_weights(model, data_path(path))
+    save_graph(model, path)
+    for opened in (model, load_graph(path)):
+        tensor = opened.graph.initializers["c0"].const_value
+        assert tensor is not None
+        array = tensor.numpy()
+        assert is_mapped(data_path(path))
+        np.testing.assert_array_equal(array, np.zeros(LARGE, np.float32))
+        del array
+        assert not is_mapped(data_path(path))
+        assert tensor.tobytes() == bytes(2048)
+        np.testing.assert_array_equal(np.asarray(tensor), np.zeros(LARGE, np.float32))
+        assert not is_mapped(data_path(path))
+
+
+def test_unpacked_codes_are_not_kept(tmp_path: Path) -> None:
+    """INT4 codes take a byte each once they are read: twice their file, if they stayed."""
+    path = tmp_path / "model.onnx"
+    codes = np.arange(-8, 8, dtype=np.int8).repeat(256)
+    value = ir.Value(name="codes", shape=ir.Shape((64, 64)), type=ir.TensorType(ir.DataType.INT4))
+    value.const_value = lazy_tensor("codes", ir.DataType.INT4, (64, 64), lambda: packed_from_int4(codes))
+    graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 21}, name="g")
+    write_weights(ir.Model(graph, ir_version=10), data_path(path))
+    tensor = value.const_value
+    assert tensor is not None
+    reference = weakref.ref(tensor.numpy())
+    assert reference() is None
+    np.testing.assert_array_equal(tensor.numpy().astype(np.int8).reshape(-1), codes)
+
+
+def test_place_of_external_data_is_left_alone(tmp_path: Path) -> None:
+    """Whoever reads the graph looks for its data where the file says, also in a directory below."""
+    path = tmp_path / "model.onnx"
+    model = _model(LARGE)
+    write_weights(model, tmp_path / "below" / "weights.bin")
+    save_graph(model, path)
+    proto = onnx.load(path, load_external_data=False)
+    (entry,) = (entry for entry in proto.graph.initializer[0].external_data if entry.key == "location")
+    entry.value = "below/weights.bin"
+    onnx.save(proto, path)
+    tensor = load_graph(path).graph.initializers["c0"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert tensor.location == "below/weights.bin"
+    np.testing.assert_array_equal(tensor.numpy(), np.zeros(LARGE, np.float32))

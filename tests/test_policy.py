@@ -20,6 +20,7 @@ from fptq_export.policy import (
     read_policy,
     write_policy,
 )
+from tests.support.process_memory import is_mapped
 
 LAYER = LayerPolicy(
     precision="w4a8",
@@ -193,3 +194,13 @@ def test_policies_are_frozen() -> None:
     """A stage cannot change what another stage decided."""
     with pytest.raises(ValueError, match="frozen"):
         LAYER.activation = "static"
+
+
+def test_arrays_that_were_read_leave_no_pages_behind(tmp_path: Path) -> None:
+    """An open file keeps the pages of all that was read: at the end of a rewrite, the whole policy."""
+    write_policy(POLICY, ARRAYS, tmp_path / "policy.json")
+    file = arrays_path(tmp_path / "policy.json")
+    arrays = PolicyArrays(file)
+    array = arrays.read("fc.weight_scales")
+    np.testing.assert_array_equal(array, ARRAYS["fc.weight_scales"])
+    assert not is_mapped(file)

@@ -131,3 +131,37 @@ def test_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         attempt()
     assert list(tmp_path.iterdir()) == []
+
+
+def write_draft(path: Path, names: list[str], written: tuple[str, ...] = ()) -> None:
+    with tensor_writer(path, SPECS, draft=path.with_name("draft"), written=written) as writer:
+        for name in names:
+            writer.write(name, values_from_spec(SPECS[name], len(name)))
+
+
+def test_a_draft_is_continued(tmp_path: Path) -> None:
+    """What an earlier process wrote stays in it; complete, it is the file of one go, and the draft is gone."""
+    write(tmp_path / "whole", list(SPECS))
+    with pytest.raises(ValueError, match="not written"):
+        write_draft(tmp_path / "file", ["ü", "codes"])
+    assert not (tmp_path / "file").exists()
+    write_draft(tmp_path / "file", ["scales", "empty"], written=("ü", "codes"))
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "whole"]
+
+
+def test_a_draft_without_written_tensors_begins_anew(tmp_path: Path) -> None:
+    """Bytes of an older draft do not shine through."""
+    (tmp_path / "draft").write_bytes(b"\xff" * 4096)
+    write(tmp_path / "whole", list(SPECS))
+    write_draft(tmp_path / "file", list(SPECS))
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["ü", "codes"])
+def test_a_tensor_of_the_draft_is_not_written_again(tmp_path: Path, name: str) -> None:
+    """It is complete: writing it a second time is a mistake of the caller."""
+    with pytest.raises(ValueError, match="not written"):
+        write_draft(tmp_path / "file", ["ü", "codes"])
+    with pytest.raises(ValueError, match=f"{name}: written twice"):
+        write_draft(tmp_path / "file", [name], written=("ü", "codes"))

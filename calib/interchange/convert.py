@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from calib.given import GIVEN_ARRAYS, GIVEN_INDEX, Given, GivenLayer
 from calib.interchange.awq import awq_sources
 from calib.interchange.compressed_tensors import compressed_tensors_sources
 from calib.interchange.gptq import gptq_sources
-from calib.interchange.source import FLOAT_DTYPES, LinearSource, StoredWeight, kernel_groups, storable_scales
-from calib.interchange.tensor_stream import TensorSpec, write_tensors
+from calib.interchange.source import FLOAT_DTYPES, LinearSource, kernel_groups, storable_scales
 from calib.linears import linears_from_model, weight_from_linear
 from calib.load import Checkpoint, checkpoint_from_directory, read_tensor, skeleton_from_checkpoint
 from calib.tensor_files import WEIGHTS_FILE
@@ -29,6 +28,7 @@ from fptq_export.files import PARTIAL_SUFFIX, read_json_model, sha256_from_file,
 from fptq_export.packing import packed_from_int4
 from fptq_export.policy import GROUP_SIZES
 from fptq_export.progress import Progress
+from fptq_export.tensor_writer import TensorSpec, TensorWriter, tensor_writer
 
 __all__ = ["FORMATS", "directory_from_quantized", "quantization_from_directory"]
 
@@ -162,33 +162,43 @@ def _write_weights(
     directory: Path,
     progress: Progress,
 ) -> dict[str, GivenLayer]:
-    """Write codes and scales first, then the float model from them; returns what is given."""
-    layers: dict[str, GivenLayer] = {}
+    """Write codes, scales and the float model side by side, reading every tensor once; returns what is given."""
     arrays: dict[str, TensorSpec] = {}
     floats: dict[str, TensorSpec] = {}
-    with progress.task("read INT4 codes", len(sources), unit="layers") as task:
-        for path, source in sources.items():
-            out_features, in_features = shape = tuple(weight_from_linear(linears[path]).shape)
-            layer = layers[path] = _given_layer(source)
-            task.advance()
-            packed, scales = (out_features, in_features // 2), (out_features, in_features // layer.group_size)
-            arrays[f"{path}.weight_codes"] = TensorSpec(torch.uint8, packed, partial(_packed_codes, source))
-            arrays[f"{path}.weight_scales"] = TensorSpec(torch.float16, scales, partial(_kernel_scales, source))
-            floats[f"{path}.weight"] = TensorSpec(torch.float32, shape, partial(_float_weight, source))
-    write_tensors(arrays, directory / GIVEN_ARRAYS)
+    for path, source in sources.items():
+        out_features, in_features = weight_from_linear(linears[path]).shape
+        arrays[f"{path}.weight_codes"] = TensorSpec.of("uint8", out_features, in_features // 2)
+        arrays[f"{path}.weight_scales"] = TensorSpec.of("float16", out_features, in_features // _group_size(source))
+        floats[f"{path}.weight"] = TensorSpec.of("float32", *linears[path].get_parameter("weight").shape)
     claimed = {name for source in sources.values() for name in source.tensors}
-    for name, entry in checkpoint.tensors.items():
-        if name not in claimed:
-            floats[name] = TensorSpec(torch.float32, entry.shape, partial(_float_tensor, checkpoint, name))
-    with progress.task("write the float model", None):
-        write_tensors(floats, directory / WEIGHTS_FILE)
+    others = {name: entry.shape for name, entry in checkpoint.tensors.items() if name not in claimed}
+    floats.update({name: TensorSpec.of("float32", *shape) for name, shape in others.items()})
+    layers: dict[str, GivenLayer] = {}
+    with (
+        progress.task("read INT4 codes", len(sources), unit="layers") as task,
+        tensor_writer(directory / GIVEN_ARRAYS, arrays) as given,
+        tensor_writer(directory / WEIGHTS_FILE, floats, {"format": "pt"}) as model,
+    ):
+        for path, source in sources.items():
+            layers[path] = _write_layer(source, linears[path], given, model)
+            task.advance()
+        for name in others:
+            model.write(name, read_tensor(checkpoint, name).to(torch.float32).numpy())
     return layers
 
 
-def _given_layer(source: LinearSource) -> GivenLayer:
+def _write_layer(source: LinearSource, linear: nn.Module, given: TensorWriter, model: TensorWriter) -> GivenLayer:
+    """Write one linear into both files. The float weight is codes times float16 scales, exact in float32."""
     weight = source.read()
     scales, rounded = storable_scales(source.path, weight)
-    group_size = kernel_groups(source.group_size) or source.group_size
+    group_size = _group_size(source)
+    kernel_scales = scales.repeat_interleave(source.group_size // group_size, dim=1)
+    given.write(f"{source.path}.weight_codes", packed_from_int4(weight.codes.numpy()))
+    given.write(f"{source.path}.weight_scales", kernel_scales.numpy())
+    groups = weight.codes.to(torch.float32).reshape(*scales.shape, -1)
+    groups *= scales.to(torch.float32)[..., None]
+    values = groups.reshape(weight.codes.shape)
+    model.write(f"{source.path}.weight", (values.T if isinstance(linear, Conv1D) else values).numpy())
     notes = ["group scales rounded to float16"] if rounded else []
     if group_size != source.group_size:
         notes.append(f"groups of {source.group_size} stored as groups of {group_size} with the same scale")
@@ -201,24 +211,6 @@ def _given_layer(source: LinearSource) -> GivenLayer:
     )
 
 
-def _packed_codes(source: LinearSource) -> torch.Tensor:
-    return torch.from_numpy(packed_from_int4(source.read().codes.numpy()))
-
-
-def _kernel_scales(source: LinearSource) -> torch.Tensor:
-    """float16 [out, in/size] for the group size of the kernels."""
-    scales, _ = storable_scales(source.path, source.read())
-    size = kernel_groups(source.group_size) or source.group_size
-    return scales.repeat_interleave(source.group_size // size, dim=1)
-
-
-def _float_weight(source: LinearSource) -> torch.Tensor:
-    """Codes times float16 scales, exact in float32: what the policy's weight is."""
-    weight: StoredWeight = source.read()
-    scales, _ = storable_scales(source.path, weight)
-    groups = weight.codes.to(torch.float32).reshape(*scales.shape, -1)
-    return groups.mul_(scales.to(torch.float32)[..., None]).reshape(weight.codes.shape)
-
-
-def _float_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    return read_tensor(checkpoint, name).to(torch.float32)
+def _group_size(source: LinearSource) -> int:
+    """The group size of the kernels."""
+    return kernel_groups(source.group_size) or source.group_size

@@ -18,20 +18,22 @@ import torch
 from numpy.typing import NDArray
 
 from calib.equalize import LinearScales, equalized_weight, scales_from_sites
-from calib.interchange.tensor_stream import TensorSpec, write_tensors
 from calib.linears import linears_from_model
 from calib.load import Checkpoint, read_tensor, skeleton_from_checkpoint
 from calib.tensor_files import WEIGHTS_FILE
 from fptq_export.errors import UserError
 from fptq_export.files import write_text
-from fptq_export.packing import INT4_MIN, int4_from_packed
+from fptq_export.packing import int4_from_packed
 from fptq_export.policy import LayerPolicy, Policy, PolicyArrays
 from fptq_export.sites import Producer, Sites
+from fptq_export.tensor_writer import TensorSpec, tensor_writer
 
 __all__ = ["WriteOptions", "write_checkpoint"]
 
-_DTYPES: Final = {"fp16": torch.float16, "fp32": torch.float32}
+_DTYPES: Final = {"fp16": "float16", "fp32": "float32"}
 _PACK_FACTOR = 8
+_SIGN_BITS = 0x88
+"""Of the two codes in a byte: flipping them adds 8."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,19 @@ class WriteOptions:
     layout: Literal["int-quantized", "pack-quantized"] = "int-quantized"
     """`int-quantized` is what llm-compressor writes and vLLM's W4A8 kernels read: one byte a code. `pack-quantized` is
     half of that; vLLM runs it with float activations."""
-    dtype: str = "fp16"
+    dtype: Literal["fp16", "fp32"] = "fp16"
     """Of everything that is not quantized. Group scales are float16, which bfloat16 would round."""
     per_token: bool = False
     """Quantize every input token by token, whatever the policy says: vLLM has no static W4A8."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor to write."""
+
+    spec: TensorSpec
+    read: Callable[[], NDArray[Any]]
+    """Gives it when its turn comes, so that one is in memory at a time."""
 
 
 def write_checkpoint(
@@ -69,12 +80,9 @@ def write_checkpoint(
         How many layers have static and dynamic inputs, for the summary.
 
     Raises:
-        UserError: The format cannot hold the policy (tied or Conv1D weights, negative scales, BF16), the checkpoint
-            lacks a tensor, or a folded value overflows.
+        UserError: The format cannot hold the policy (tied or Conv1D weights, negative scales), the checkpoint lacks a
+            tensor, or a folded value overflows.
     """
-    if options.dtype not in _DTYPES:
-        cause = "group scales are float16, and a BF16 checkpoint would round them"
-        raise UserError("--checkpoint", cause, "run with --dtype fp16 or fp32")
     quantized = policy.quantized()
     _check_layers(checkpoint, quantized)
     equalization = {
@@ -82,14 +90,18 @@ def write_checkpoint(
     }
     changes = _changed_tensors(checkpoint, sites, policy, equalization)
     dtype = _DTYPES[options.dtype]
-    specs: dict[str, TensorSpec] = {}
+    tensors: dict[str, _Tensor] = {}
     for path, layer in quantized.items():
-        specs.update(_layer_specs(path, layer, arrays, options))
+        tensors.update(_layer_tensors(path, layer, arrays, options))
     for name, entry in checkpoint.tensors.items():
         if name.removesuffix(".weight") not in quantized:
             read = changes.get(name, partial(_float_tensor, checkpoint, name))
-            specs[name] = TensorSpec(dtype, entry.shape, partial(_rounded, name, read, dtype))
-    write_tensors(specs, directory / WEIGHTS_FILE)
+            spec = TensorSpec(np.dtype(dtype), entry.shape)
+            tensors[name] = _Tensor(spec, partial(_rounded, name, read, dtype))
+    specs = {name: tensor.spec for name, tensor in tensors.items()}
+    with tensor_writer(directory / WEIGHTS_FILE, specs, {"format": "pt"}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.read())
     write_text(json.dumps(_config(checkpoint, policy, options), indent=2) + "\n", directory / "config.json")
     static = sum(_is_static(layer, options) for layer in quantized.values())
     return {"format": options.layout, "static": static, "per_token": len(quantized) - static}
@@ -101,6 +113,9 @@ def _check_layers(checkpoint: Checkpoint, quantized: Mapping[str, LayerPolicy]) 
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     for path, layer in quantized.items():
         where, name = f"layer {path}", f"{path}.weight"
+        if layer.precision != "w4a8":
+            cause = f"is {layer.precision}, and checkpoints are written with w4a8 and float layers only"
+            raise UserError(where, cause, f"leave it in float: --precision '{path}=float'")
         if not isinstance(linears.get(path), torch.nn.Linear):
             raise UserError(where, "compressed-tensors quantizes torch.nn.Linear only", "exclude the layer")
         if name in tied or name in tied.values():
@@ -149,42 +164,36 @@ def _float_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return read_tensor(checkpoint, name).to(torch.float32)
 
 
-def _rounded(name: str, read: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    values = read().to(dtype)
-    if not torch.isfinite(values).all():
+def _rounded(name: str, read: Callable[[], torch.Tensor], dtype: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        values = read().numpy().astype(dtype)
+    if not np.isfinite(values).all():
         raise UserError(f"tensor {name!r}", "does not fit float16", "run with --dtype fp32")
     return values
 
 
-def _layer_specs(path: str, layer: LayerPolicy, arrays: PolicyArrays, options: WriteOptions) -> dict[str, TensorSpec]:
-    shape = layer.out_features, layer.in_features
-    group_size = layer.group_size or layer.in_features
-    groups = (layer.out_features, layer.in_features // group_size)
+def _layer_tensors(path: str, layer: LayerPolicy, arrays: PolicyArrays, options: WriteOptions) -> dict[str, _Tensor]:
+    rows, columns = shape = layer.out_features, layer.in_features
+    groups = rows, columns // (layer.group_size or columns)
 
-    def codes() -> torch.Tensor:
-        packed = arrays.read(f"{path}.weight_codes", (shape[0], shape[1] // 2))
-        return torch.from_numpy(int4_from_packed(packed))
+    def packed() -> NDArray[np.uint8]:
+        return arrays.read(f"{path}.weight_codes", (rows, columns // 2))
 
-    def scales() -> torch.Tensor:
-        return torch.from_numpy(arrays.read(f"{path}.weight_scales", groups))
+    def scales() -> NDArray[np.float16]:
+        return arrays.read(f"{path}.weight_scales", groups)
 
-    specs = {f"{path}.weight_scale": TensorSpec(torch.float16, groups, scales)}
+    tensors = {f"{path}.weight_scale": _Tensor(TensorSpec.of("float16", *groups), scales)}
     if options.layout == "int-quantized":
-        specs[f"{path}.weight"] = TensorSpec(torch.int8, shape, codes)
+        tensors[f"{path}.weight"] = _Tensor(TensorSpec.of("int8", *shape), lambda: int4_from_packed(packed()))
     else:
-        words = (shape[0], shape[1] // _PACK_FACTOR)
-        specs[f"{path}.weight_packed"] = TensorSpec(torch.int32, words, lambda: _int32_from_int4(codes()))
-        specs[f"{path}.weight_shape"] = TensorSpec(torch.int64, (2,), lambda: torch.tensor(shape))
+        # Eight nibbles code + 8 an int32, the first in the lowest bits.
+        words = TensorSpec.of("int32", rows, columns // _PACK_FACTOR)
+        tensors[f"{path}.weight_packed"] = _Tensor(words, lambda: (packed() ^ _SIGN_BITS).view(np.int32))
+        tensors[f"{path}.weight_shape"] = _Tensor(TensorSpec.of("int64", 2), lambda: np.array(shape, np.int64))
     if _is_static(layer, options):
-        input_scale = torch.tensor([layer.activation_scale], dtype=torch.float32)
-        specs[f"{path}.input_scale"] = TensorSpec(torch.float32, (1,), lambda: input_scale)
-    return specs
-
-
-def _int32_from_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Eight nibbles code + 8 an int32, the first in the lowest bits: int8 [out, in] -> int32 [out, in/8]."""
-    nibbles = (codes - INT4_MIN).to(torch.uint8)
-    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
+        input_scale = np.array([layer.activation_scale], np.float32)
+        tensors[f"{path}.input_scale"] = _Tensor(TensorSpec.of("float32", 1), lambda: input_scale)
+    return tensors
 
 
 def _is_static(layer: LayerPolicy, options: WriteOptions) -> bool:
@@ -194,7 +203,7 @@ def _is_static(layer: LayerPolicy, options: WriteOptions) -> bool:
 def _config(checkpoint: Checkpoint, policy: Policy, options: WriteOptions) -> dict[str, Any]:
     config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config["dtype"] = str(_DTYPES[options.dtype]).removeprefix("torch.")
+    config["dtype"] = _DTYPES[options.dtype]
     members: dict[tuple[int | None, bool], list[str]] = {}
     for path, layer in policy.quantized().items():
         members.setdefault((layer.group_size, _is_static(layer, options)), []).append(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from calib.weights.adaround import quantize_adaround
 from calib.weights.clip import quantize_clip
 from calib.weights.coordinate_descent import quantize_gptq_cd
 from calib.weights.gptq import quantize_gptq
@@ -22,6 +23,7 @@ WEIGHT_METHODS: Mapping[WeightMethod, WeightMethodEntry] = {
     "clip": WeightMethodEntry(quantize_clip, needs_hessian=True),
     "gptq": WeightMethodEntry(quantize_gptq, needs_hessian=True),
     "gptq+cd": WeightMethodEntry(quantize_gptq_cd, needs_hessian=True),
+    "adaround": WeightMethodEntry(quantize_adaround, needs_hessian=True),
     "two_level": WeightMethodEntry(quantize_two_level, needs_hessian=True),
     "integer_scale": WeightMethodEntry(quantize_integer_scale, needs_hessian=True),
 }

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from fptq_export.build.builder_log import last_lines_from_log, messages_from_log
+from fptq_export.build.int8_layers import check_int8_layers
 from fptq_export.build.layer_list import EngineLayer, PrecisionReport, check_layers, layers_from_log
 from fptq_export.build.loader_path import loader_environment
 from fptq_export.build.memory_pools import MEMORY_POOLS
@@ -56,6 +57,8 @@ class BuildRequest:
     quantized: Mapping[str, int]
     """Number of INT4 codes (in x out, padding of packed weights included) of each quantized linear, by torch path;
     linears that were fused are one, by their common path."""
+    int8: Mapping[str, int] = field(default_factory=dict)
+    """Number of INT8 codes (in x out) of each `w8a8` linear, by torch path."""
     profiles: tuple[Profile, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     """`8.9`, `12.0`, ...; empty is the library's own choice, and all that `tensorrt` takes."""
@@ -108,6 +111,7 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
         layers = layers_from_log(request.log_path)
         profiles = max(1, len(request.profiles))
         precision = check_layers(layers, request.quantized, profiles, request.plugin, request.fused)
+        check_int8_layers(layers, request.int8, profiles)
     return BuildReport(
         target=request.target,
         library_version=built.library_version,

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from fptq_export import __version__
+from fptq_export.cli.eval_arguments import EVAL_EXAMPLES, EVAL_HELP, EVAL_VERB, add_eval_options
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
@@ -25,6 +26,7 @@ VERB_HELP = {
     "verify": "model.w4a8.onnx against the FP32 model -> verify.json",
     "checkpoint": "policy -> compressed-tensors checkpoint, for llm-compressor and vLLM",
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
+    EVAL_VERB: EVAL_HELP,
 }
 _DIRECTORY_VERBS = ("rewrite", "verify", "checkpoint", "build")
 
@@ -33,8 +35,11 @@ examples:
   fptq-export ./SmolLM2-135M --engine smollm2.plan
   fptq-export model.gguf -o run/ --engine out.plan --max-ppl-increase 20%
   fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
+  fptq-export MODEL -o run/ --precision 'down_proj$=w8a8' 'layers\\.0\\.=w4a16'
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
+  fptq-export eval run/ --tasks piqa,arc_easy                              what quantization costs
+  torchrun --nproc-per-node 4 -m fptq_export MODEL -o run/                 calibrate in four processes
   fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
   fptq-export MODEL --engine out.plan --dry-run
 
@@ -73,11 +78,24 @@ def _add_verb(verbs: argparse._SubParsersAction[Any], verb: str, text: str) -> N
         verb,
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        epilog=_EXAMPLES,
+        epilog=EVAL_EXAMPLES if verb == EVAL_VERB else _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    if verb == EVAL_VERB:
+        add_eval_options(parser)
+    else:
+        _add_road_options(parser, verb)
+    other = parser.add_argument_group("other")
+    if verb != EVAL_VERB:
+        other.add_argument(
+            "--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing"
+        )
+    other.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and library warnings")
+
+
+def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb in _DIRECTORY_VERBS:
         parser.add_argument("output", nargs="?", metavar="DIR", help="run directory written by the earlier stages")
         parser.add_argument("-o", "--output", dest="output", metavar="DIR", help="the same")
@@ -91,14 +109,16 @@ def _add_verb(verbs: argparse._SubParsersAction[Any], verb: str, text: str) -> N
     _add_verify_options(parser)
     _add_checkpoint_options(parser)
     _add_build_options(parser)
-    other = parser.add_argument_group("other")
-    other.add_argument("--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing")
-    other.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and library warnings")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
+    group.add_argument(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        help="rotate the residual stream by a Hadamard matrix first, exactly: fewer outlier channels [no]",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument(
         "--keep", action=argparse.BooleanOptionalAction, help="keep model.onnx and model.qdq.onnx after the run [keep]"
@@ -116,6 +136,12 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
     group.add_argument("--batch-size", type=int, metavar="N", help="samples in one forward pass; 0 picks one [0]")
     group.add_argument("--seed", type=int, metavar="N", help="seed of the sample choice [0]")
+    group.add_argument(
+        "--device", metavar="NAME", help="auto, cpu, cuda or cuda:1: runs the blocks [auto: a GPU if there is one]"
+    )
+    group.add_argument(
+        "--max-memory", metavar="SIZE", help="hidden states above it, e.g. 4GiB, lie on disk [all in memory]"
+    )
 
 
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -136,13 +162,19 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--smoothquant-alpha", metavar="X", help="with --equalizer smoothquant: 0 to 1, or auto to search it [0.5]"
     )
     group.add_argument(
+        "--range-calibrator",
+        metavar="NAME",
+        help="range of static scales: absmax, or percentile, mse or entropy, which clip outliers [absmax]",
+    )
+    group.add_argument("--percentile", type=float, metavar="P", help="of the values that percentile covers [99.99]")
+    group.add_argument(
         "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
     )
     group.add_argument(
         "--weight-method",
         metavar="NAME",
-        help="rtn, mse, clip, gptq, gptq+cd, two_level or integer_scale; awq and gptq+awq are --equalizer awq with clip"
-        " and with gptq [rtn]",
+        help="rtn, mse, clip, gptq, gptq+cd, adaround, two_level or integer_scale; awq and gptq+awq are"
+        " --equalizer awq with clip and with gptq [rtn]",
     )
     group.add_argument(
         "--signed-scales",
@@ -151,6 +183,12 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
+    )
+    group.add_argument(
+        "--precision",
+        nargs="+",
+        metavar="REGEX=NAME",
+        help="layers that run w8a8, w4a16 or float, e.g. 'down_proj$=w8a8'; the last match wins [w4a8 for all]",
     )
 
 
@@ -222,8 +260,8 @@ def options_from_namespace(verb: str, given: Mapping[str, Any]) -> RunOptions:
     if "model" not in values:
         raise UserError("MODEL", "is missing", f"fptq-export {verb} MODEL -o DIR")
     values.setdefault("output", Path(f"{Path(values['model']).stem}-w4a8"))
-    if "exclude" in given:
-        values["exclude"] = tuple(pattern for pattern in given["exclude"] if pattern)
+    for name in {"exclude", "precision"} & given.keys():
+        values[name] = tuple(pattern for pattern in given[name] if pattern)
     try:
         return RunOptions.model_validate(values)
     except ValidationError as error:

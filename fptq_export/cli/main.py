@@ -8,16 +8,22 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from fptq_export.cli.arguments import options_from_namespace, parser_for_cli, verb_and_arguments
+from fptq_export.cli.eval_arguments import EVAL_VERB, eval_options_from_namespace
+from fptq_export.cli.launch import connected, is_first
 from fptq_export.cli.option_names import canonical_arguments
-from fptq_export.errors import ExitCode, FptqError, UserError
+from fptq_export.errors import AnotherRankError, ExitCode, FptqError, UserError
 from fptq_export.files import user_error_from_os_error
 from fptq_export.verify.report import ratio_from_option
+
+if TYPE_CHECKING:
+    from calib.ranks import Ranks
 
 __all__ = ["main"]
 
@@ -35,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, highlight=False)
     verbose = "-v" in words or "--verbose" in words
     try:
-        _run(words, console, verbose)
+        with connected() as ranks:
+            if ranks.rank == 0:
+                _run(words, console, verbose, ranks)
+            else:
+                _serve(ranks, verbose)
+    except AnotherRankError as error:
+        return error.exit_code
     except FptqError as error:
         return _report(error, console, verbose)
     except OSError as error:
@@ -44,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _report(mendable, console, verbose)
     except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on", style="yellow")
+        if is_first():
+            console.print("interrupted; run the same command again to go on", style="yellow")
         return ExitCode.INTERRUPTED
     except Exception:  # noqa: BLE001 - the outermost frame: whatever is left is a bug, shown with its traceback
         console.print(traceback.format_exc(), markup=False)
@@ -53,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ExitCode.OK
 
 
-def _run(words: list[str], console: Console, verbose: bool) -> None:
+def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> None:
     parser = parser_for_cli()
     if not words or words[0] in ("-h", "--help", "--version"):
         parser.parse_args(words or ["--help"])
@@ -61,9 +74,15 @@ def _run(words: list[str], console: Console, verbose: bool) -> None:
     given = vars(parser.parse_args([verb, *canonical_arguments(rest, _known_options(parser, verb))]))
     if "max_ppl_increase" in given:
         given["max_ppl_increase"] = ratio_from_option(given["max_ppl_increase"])
-    options = options_from_namespace(verb, given)
+    command = shlex.join(["fptq-export", *words])
     if not verbose:
         _silence_libraries()
+    if verb == EVAL_VERB:
+        if ranks.size > 1:
+            raise UserError(EVAL_VERB, f"runs in one process, not in {ranks.size}", "start it without torchrun")
+        _evaluate(given, command, console)
+        return
+    options = options_from_namespace(verb, given)
     if given.get("dry_run"):
         from fptq_export.pipeline.dry_run import print_plan
 
@@ -74,9 +93,30 @@ def _run(words: list[str], console: Console, verbose: bool) -> None:
     from fptq_export.pipeline.summary import print_summary
     from fptq_export.progress import ConsoleProgress
 
-    command = shlex.join(["fptq-export", *words])
-    manifest = run_road(verb, options, command, console, ConsoleProgress(console))
+    manifest = run_road(verb, options, command, console, ConsoleProgress(console), ranks)
     print_summary(manifest, Console(highlight=False))
+
+
+def _evaluate(given: Mapping[str, Any], command: str, console: Console) -> None:
+    options = eval_options_from_namespace(given)
+    # The systems import torch and ONNX Runtime; help and usage errors do without.
+    from fptq_export.evaluate.run import run_eval
+    from fptq_export.evaluate.table import print_report
+    from fptq_export.progress import ConsoleProgress
+
+    report, path = run_eval(options, command, console, ConsoleProgress(console))
+    plain = Console(highlight=False)
+    print_report(report, plain)
+    plain.print(f"file: {path}", markup=False, soft_wrap=True)
+
+
+def _serve(ranks: Ranks, verbose: bool) -> None:
+    """Work for the first process of a launch, which alone reads the command line."""
+    if not verbose:
+        _silence_libraries()
+    from fptq_export.pipeline.ranks import serve
+
+    serve(ranks)
 
 
 def _known_options(parser: object, verb: str) -> list[str]:

@@ -9,34 +9,109 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calib.batches import CalibrationOptions, token_batches
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from calib.batches import CalibrationOptions, TokenBatches, token_batches
 from calib.choose_equalization import EqualizerOptions
-from calib.decide import PolicyOptions, decide_policy, excluded_paths
+from calib.decide import PolicyOptions, decide_policy
+from calib.devices import device_from_option
 from calib.hessians import hessian_writer, owners_from_sites
 from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
-from calib.observe import HessianSink, observe
+from calib.observe import Execution, HessianSink, observe
+from calib.precision import excluded_paths, float_paths
+from calib.ranks import Ranks, share_of_rank
 from calib.replay import replay_policy
+from calib.state import CalibrationState
 from calib.stats import read_stats, write_stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
-from fptq_export.policy import Policy, WeightMethod, write_policy
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.policy import LayerPolicy, Policy, WeightMethod, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
-__all__ = ["calibrate", "decide", "needs_hessians", "replay", "summary_from_policy"]
+__all__ = [
+    "POLICY_OPTIONS",
+    "Job",
+    "calibrate",
+    "decide",
+    "measure",
+    "measured_parts",
+    "needs_hessians",
+    "replay",
+    "summary_from_policy",
+]
+
+
+class Job(BaseModel):
+    """What every rank has to know to measure its share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    options: RunOptions
+    key: str
+    """Of the stage: what an earlier process finished is used if it worked on the same."""
+    linears: tuple[str, ...]
+    owners: dict[str, str] | None
+    """Linear -> the linear that its Hessian is kept under; None where no Hessians are measured."""
+    in_features: dict[str, int]
+    """Size of the Hessian of each owner."""
+    shape: tuple[int, int]
+    """Windows, and tokens in a window."""
+    description: str
+    sha256: str
+
+
+POLICY_OPTIONS = (
+    *("v0", "v1", "equalizer", "smoothquant_alpha", "group_size", "weight_method", "signed_scales"),
+    *("exclude", "precision", "range_calibrator", "percentile"),
+)
+"""What the policy stage depends on, beside its inputs."""
 
 
 def calibrate(
     checkpoint: Checkpoint,
     sites: Sites,
     options: RunOptions,
-    stats_path: Path,
     hessians_path: Path | None,
+    key: str,
+    ranks: Ranks,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
     _equalizer(options).check_given(checkpoint.given)
+    batches = _batches(checkpoint, options)
+    paths = [linear.path for linear in sites.linears]
+    stays_float = set(float_paths(paths, options.exclude, options.precision))
+    linears = [path for path in paths if path not in stays_float]
+    if not linears:
+        reasons = "; ".join(dict.fromkeys(linear.reason for linear in sites.unmatched)) or "all are excluded"
+        raise UserError(
+            checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
+        )
+    owners = None if hessians_path is None else owners_from_sites(sites, linears)
+    job = Job(
+        options=options,
+        key=key,
+        linears=tuple(linears),
+        owners=owners,
+        in_features={owner: sites.linear(owner).in_features for owner in (owners or {}).values()},
+        shape=batches.tokens.shape,
+        description=batches.description,
+        sha256=batches.sha256,
+    )
+    share_of_rank(len(batches.tokens), 1, ranks)
+    ranks.offer(job.model_dump_json())
+    ranks.broadcast_(torch.from_numpy(batches.tokens))
+    with ranks.together():
+        pass  # the others open the model
+    device = measure(job, checkpoint, batches, ranks, progress)
+    return {"data": batches.description, "tokens": batches.count, "device": device, "processes": ranks.size}
+
+
+def _batches(checkpoint: Checkpoint, options: RunOptions) -> TokenBatches:
     wanted = CalibrationOptions(
         dataset=options.calib_dataset,
         size=options.calib_size,
@@ -46,31 +121,83 @@ def calibrate(
     )
     needs_no_text = options.calib_dataset == "random" or options.calib_dataset.endswith(".npz")
     tokenizer = None if needs_no_text else tokenizer_from_checkpoint(checkpoint)
-    batches = token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
-    paths = [linear.path for linear in sites.linears]
-    excluded = excluded_paths(paths, options.exclude)
-    linears = [path for path in paths if path not in excluded]
-    if not linears:
-        reasons = "; ".join(dict.fromkeys(linear.reason for linear in sites.unmatched)) or "all are excluded"
-        raise UserError(
-            checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
-        )
+    return token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
+
+
+def measure(job: Job, checkpoint: Checkpoint, batches: TokenBatches, ranks: Ranks, progress: Progress) -> str:
+    """Measure this rank's share; rank 0 writes what all have measured.
+
+    Returns:
+        The device it ran on.
+
+    Raises:
+        UserError: Anything the user can mend, on this rank.
+        AnotherRankError: Another rank failed.
+    """
+    directory = RunDirectory(job.options.output)
+    device = _device(job.options, ranks)
+    state = CalibrationState(directory.calibration_state, job.key, ranks, hessians=job.owners is not None)
+    execution = Execution(device, ranks, state, job.options.max_memory)
     load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
-    with _hessian_sink(sites, linears, hessians_path) as sink:
-        stats = observe(load, batches, linears, progress, options.batch_size, sink)
-    write_stats(stats, stats_path)
-    return {"data": batches.description, "tokens": batches.count}
+    with _hessian_sink(job, directory.hessians, state) as sink:
+        counts = needs_histograms(job.options)
+        stats = observe(
+            load, batches, job.linears, progress, job.options.batch_size, sink, execution, histograms=counts
+        )
+        with ranks.together():
+            if ranks.rank == 0:
+                write_stats(stats, directory.stats)
+    state.remove()
+    return device.type
+
+
+def _device(options: RunOptions, ranks: Ranks) -> torch.device:
+    """The device of this rank; GPUs for all ranks or for none."""
+    with ranks.together():
+        device = device_from_option(options.device, ranks.local_rank, ranks.local_size)
+    everywhere = torch.tensor([device.type == "cuda"], dtype=torch.int64)
+    ranks.min_(everywhere)
+    with ranks.together():
+        if device.type == "cuda" and not everywhere:
+            cause = "some of the processes see a GPU, others see none"
+            raise UserError(f"--device {options.device}", cause, "use --device cpu, or machines that all have GPUs")
+    if device.type == "cuda":
+        ranks.use_gpu(device)
+    return device
 
 
 @contextmanager
-def _hessian_sink(sites: Sites, linears: Sequence[str], path: Path | None) -> Iterator[HessianSink | None]:
-    if path is None:
+def _hessian_sink(job: Job, path: Path, state: CalibrationState) -> Iterator[HessianSink | None]:
+    """Where Hessians go: into the file on rank 0, nowhere on others."""
+    if job.owners is None:
         yield None
         return
-    owners = owners_from_sites(sites, linears)
-    in_features = {owner: sites.linear(owner).in_features for owner in dict.fromkeys(owners.values())}
-    with hessian_writer(path, in_features) as write:
-        yield HessianSink(owners, write)
+    if state.hessians is None:
+        yield HessianSink(job.owners, lambda _path, _hessian: None)
+        return
+    finished = set(state.stats.channel_absmax) if state.stats is not None else set()
+    written = finished & set(job.in_features)
+    with hessian_writer(path, job.in_features, draft=state.hessians, written=written) as write:
+        yield HessianSink(job.owners, write)
+
+
+def needs_histograms(options: RunOptions) -> bool:
+    """Whether the range calibrator of a run needs histograms of the inputs."""
+    return options.range_calibrator != "absmax"
+
+
+def measured_parts(sites: Sites, options: RunOptions) -> dict[str, Any]:
+    """What decides, beside the calibration options themselves, whether statistics can be used again."""
+    parts: dict[str, Any] = {"histograms": True} if needs_histograms(options) else {}
+    changed = _measured_otherwise(sites, options)
+    return {**parts, "measured_otherwise": changed} if changed else parts
+
+
+def _measured_otherwise(sites: Sites, options: RunOptions) -> list[str]:
+    """Linears that are measured because of `--precision` though `--exclude` names them, and the reverse."""
+    paths = [linear.path for linear in sites.linears]
+    excluded = set(excluded_paths(paths, options.exclude))
+    return sorted(excluded.symmetric_difference(float_paths(paths, options.exclude, options.precision)))
 
 
 def needs_hessians(options: RunOptions) -> bool:
@@ -108,6 +235,9 @@ def decide(
         signed_scales=options.signed_scales,
         exclude=options.exclude,
         equalization=_equalizer(options),
+        precision=options.precision,
+        range_calibrator=options.range_calibrator,
+        percentile=options.percentile,
     )
     policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
     write_policy(policy, arrays, policy_path)
@@ -122,16 +252,25 @@ def replay(source: Path, checkpoint: Checkpoint, sites: Sites, policy_path: Path
 
 
 def summary_from_policy(policy: Policy) -> dict[str, Any]:
-    """Layers of each tier, and bits a weight averaged over the quantized weights (group scales included)."""
+    """Layers of each tier and precision, and bits a weight (scales included).
+
+    `bits_per_weight` is averaged over the quantized weights, `effective_bits` over the weights of all linears.
+    """
     quantized = list(policy.quantized().values())
     tiers = {
         tier: sum(layer.activation == tier for layer in quantized) for tier in ("static", "lae_static", "per_token")
     }
-    weights = [layer.in_features * layer.out_features for layer in quantized]
-    bits = sum((layer.bits_per_weight or 0.0) * count for layer, count in zip(quantized, weights, strict=True))
     return {
         "layers": tiers,
         "equalized_sites": dict(Counter(entry.method for entry in policy.equalizations().values())),
         "float_layers": len(policy.layers) - len(quantized),
-        "bits_per_weight": bits / sum(weights) if weights else None,
+        "precisions": dict(sorted(Counter(layer.precision for layer in policy.layers.values()).items())),
+        "bits_per_weight": _mean_bits(quantized),
+        "effective_bits": _mean_bits(list(policy.layers.values())),
     }
+
+
+def _mean_bits(layers: Sequence[LayerPolicy]) -> float | None:
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    bits = sum(layer.effective_bits * count for layer, count in zip(layers, weights, strict=True))
+    return bits / sum(weights) if weights else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from calib.precision import precision_from_option
+from calib.ranks import ALONE, Ranks, share_of_rank
 from fptq_export.build.memory_pools import mem_pools_from_option
 from fptq_export.build.targets import Target, check_target
 from fptq_export.errors import UserError
@@ -23,13 +25,14 @@ def replays(options: RunOptions) -> bool:
     return options.policy != "paper"
 
 
-def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) -> None:
+def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], ranks: Ranks = ALONE) -> None:
     """Refuse what cannot work.
 
     Args:
         options: Each of them valid on its own.
         target: What the engine is built for.
         stages: The stages of the verb.
+        ranks: Processes that calibrate together.
 
     Raises:
         UserError: Names the option, the cause and the way out.
@@ -47,14 +50,41 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...]) 
     if options.dtype == "bf16" and options.verify and "verify" in stages:
         cause = "ONNX Runtime cannot run BF16 graphs on a CPU, so the result could not be verified"
         raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")
+    _check_precision(options)
     if replays(options):
         _check_replayed_policy(options)
+    _check_execution(options, ranks, calibrates="calibrate" in stages and not replays(options))
     if stages == ("interchange",) and options.checkpoint is None:
         raise UserError("--checkpoint", "is missing", "say where the checkpoint goes: --checkpoint out/")
     if "interchange" in stages:
         check_checkpoint_options(options)
     if "build" in stages:
         _check_build(options, target, only_verb=stages == ("build",))
+
+
+def _check_execution(options: RunOptions, ranks: Ranks, *, calibrates: bool) -> None:
+    if ranks.size > 1 and not calibrates:
+        where = f"torchrun with {ranks.size} processes"
+        raise UserError(where, "this run does not calibrate, and all else is one process", "start it without torchrun")
+    if not calibrates:
+        return
+    share_of_rank(options.calib_size, 1, ranks)
+    if options.device != "auto":
+        from calib.devices import device_from_option  # torch, which other verbs do without
+
+        device_from_option(options.device, ranks.local_rank, ranks.local_size)
+
+
+def _check_precision(options: RunOptions) -> None:
+    names = {precision_from_option(text)[1] for text in options.precision}
+    if names and replays(options):
+        cause = "a replayed policy says what each layer runs"
+        raise UserError("--precision", cause, f"edit {options.policy}, or leave one of the two out")
+    if options.range_calibrator != "absmax" and replays(options):
+        raise UserError("--range-calibrator", "a replayed policy has its scales", "leave one of the two out")
+    if options.checkpoint is not None and (odd := names - {"w4a8", "float"}):
+        cause = f"checkpoints are written with w4a8 and float layers only, not {', '.join(sorted(odd))}"
+        raise UserError("--checkpoint", cause, "leave one of the two out")
 
 
 def _check_replayed_policy(options: RunOptions) -> None:

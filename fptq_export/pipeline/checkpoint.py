@@ -57,6 +57,7 @@ def write_run_as_checkpoint(
     from calib.interchange.write import WriteOptions, write_checkpoint
 
     assert options.checkpoint is not None, "the stage is skipped without --checkpoint"
+    assert options.dtype != "bf16", "check_checkpoint_options refuses it"
     figures = write_checkpoint(
         checkpoint,
         sites,

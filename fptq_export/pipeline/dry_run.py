@@ -22,7 +22,8 @@ _MIB = 1 << 20
 
 def print_plan(verb: str, options: RunOptions, console: Console) -> None:
     """Print the stages of a verb with the files each would write; writes nothing itself."""
-    sizes = sizes_from_model(options.model, options.exclude, NoProgress(), trust_remote_code=options.trust_remote_code)
+    patterns = options.exclude, options.precision
+    sizes = sizes_from_model(options.model, *patterns, NoProgress(), trust_remote_code=options.trust_remote_code)
     target = target_from_option(options.target)
     table = Table(
         "stage", "writes", title=f"{options.model}: {sizes.parameters / 1e6:,.1f} M weights", title_justify="left"
@@ -30,6 +31,8 @@ def print_plan(verb: str, options: RunOptions, console: Console) -> None:
     table.add_column("about", justify="right")
     expected = estimated_sizes(sizes, options)
     for stage in VERBS[verb]:
+        if stage == "rotate" and not options.rotate:
+            continue
         if stage == "interchange" and options.checkpoint is None:
             continue
         if stage == "build" and (options.engine is None or target is Target.ONNX):
@@ -40,6 +43,8 @@ def print_plan(verb: str, options: RunOptions, console: Console) -> None:
     console.print(
         f"{sizes.quantized / 1e6:,.1f} M weights become INT4 (group size {options.group_size} where it divides)"
     )
+    if sizes.int8:
+        console.print(f"{sizes.int8 / 1e6:,.1f} M weights become INT8")
     console.print(f"peak memory: about {peak_memory_bytes(sizes) / (1 << 30):.1f} GiB; target: {target}")
 
 
@@ -47,11 +52,12 @@ def estimated_sizes(sizes: ModelSizes, options: RunOptions) -> dict[str, tuple[s
     """Stage -> (main file, bytes): float weights in the graph's type, INT4 ones at half a byte plus FP16 scales."""
     directory = RunDirectory(options.output)
     width = _BYTES[options.dtype]
-    packed = int(sizes.quantized * (0.5 + 2 / options.group_size))
-    small = packed + (sizes.parameters - sizes.quantized) * width
+    packed = int(sizes.quantized * (0.5 + 2 / options.group_size)) + sizes.int8
+    small = packed + (sizes.parameters - sizes.quantized - sizes.int8) * width
     unpacked = options.checkpoint_format == "int-quantized"
     return {
         "load": ("", 0),
+        "rotate": (str(directory.rotated), sizes.parameters * _BYTES["fp32"]),
         "trace": (str(directory.model), sizes.parameters * width),
         "calibrate": (str(directory.stats), 0),
         "policy": (str(directory.policy), packed),

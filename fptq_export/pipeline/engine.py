@@ -37,7 +37,8 @@ def build(
     """Build the engine of `model.w4a8.onnx`; it gets its name only after its layers matched the policy."""
     policy = read_policy(directory.policy)
     check_signed_scales(policy, options)
-    quantized = policy.quantized()
+    int4 = {path: layer for path, layer in policy.quantized().items() if layer.precision != "w8a8"}
+    int8 = {path: layer for path, layer in policy.quantized().items() if layer.precision == "w8a8"}
     profile = _profile(directory.w4a8, options)
     libraries = plugin_libraries(options, target)
     # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.
@@ -50,7 +51,8 @@ def build(
             engine_path=engine,
             log_path=directory.build_log,
             target=target,
-            quantized=_int4_codes(quantized, lowered),
+            quantized=_int4_codes(int4, lowered),
+            int8={path: layer.in_features * layer.out_features for path, layer in int8.items()},
             profiles=(profile,) if profile is not None else (),
             compute_capabilities=options.compute_capability if target is Target.TENSORRT_RTX else (),
             optimization_level=options.builder_optimization_level,
@@ -67,6 +69,7 @@ def build(
         "engine_layers": len(report.layers),
         "layers_by_type": report.precision.layers_by_type,
         "quantized_linears": report.precision.quantized_linears,
+        "int8_linears": len(int8),
         "int4_constants": report.precision.int4_constants,
         "unfused": report.precision.unfused,
         "plugin_layers": report.precision.plugin_layers,
@@ -88,7 +91,7 @@ def _lower_natively(w4a8: Path, graph: Path) -> Lowered:
 def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str, int]:
     """INT4 codes of each linear of the engine, by path; packed weights are padded to whole tiles.
 
-    Every quantized layer of the policy is in exactly one of them: alone, or in a fused one.
+    Every INT4 layer of the policy is in exactly one of them: alone, or in a fused one.
     """
     fused_path = {path: fused for fused, paths in lowered.fused.items() for path in paths}
     sizes: dict[str, tuple[int, int]] = {}

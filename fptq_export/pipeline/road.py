@@ -1,6 +1,6 @@
 """The one-way road, and the only module that knows its order.
 
-load -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
+load -> rotate -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from calib.ranks import ALONE, Ranks
 from fptq_export import __version__
 from fptq_export.build.targets import module_name, target_from_option
 from fptq_export.files import remove_partial_files, write_json_model
@@ -22,10 +23,10 @@ from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
 from fptq_export.pipeline.check_options import check_options, replays
 from fptq_export.pipeline.environment import environment, library_versions
+from fptq_export.pipeline.models import RunModels, rotated_files, weight_files
 from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
-from fptq_export.pipeline.tokenizer_files import tokenizer_files
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ROAD", "VERBS", "run_road"]
 
-ROAD = ("load", "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
+ROAD = ("load", "rotate", "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
 VERBS: Mapping[str, tuple[str, ...]] = {
     "run": ROAD,
-    "trace": ("load", "trace"),
-    "calibrate": ("load", "calibrate", "policy"),
+    "trace": ("load", "rotate", "trace"),
+    "calibrate": ("load", "rotate", "calibrate", "policy"),
     "rewrite": ("rewrite",),
     "verify": ("verify",),
     "checkpoint": ("interchange",),
@@ -47,15 +48,10 @@ VERBS: Mapping[str, tuple[str, ...]] = {
 }
 """Stages each verb runs; a verb needs the files of the stages before its own."""
 
-_POLICY_OPTIONS = ("equalizer", "smoothquant_alpha", "group_size", "weight_method", "signed_scales")
-_GRAPH_DTYPES: Mapping[str, Literal["float16", "bfloat16", "float32"]] = {
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp32": "float32",
-}
 
-
-def run_road(verb: str, options: RunOptions, command: str, console: Console, progress: Progress) -> Manifest:
+def run_road(
+    verb: str, options: RunOptions, command: str, console: Console, progress: Progress, ranks: Ranks = ALONE
+) -> Manifest:
     """Run the stages of a verb, skipping those whose result is already there.
 
     Args:
@@ -64,6 +60,7 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
         command: The command line, for the manifest.
         console: Where stages report.
         progress: Where long work reports.
+        ranks: Processes that calibrate together, of which this is the first.
 
     Returns:
         The manifest of the run directory.
@@ -78,8 +75,8 @@ def run_road(verb: str, options: RunOptions, command: str, console: Console, pro
         remove_partial_files(directory.path)
         runner = StageRunner(directory.path, _manifest(options, command), console)
         write_manifest(runner.manifest, directory.path)
-        road = _Road(options, directory, runner, progress)
-        check_options(options, road.target, VERBS[verb])
+        road = _Road(options, directory, runner, progress, ranks)
+        check_options(options, road.target, VERBS[verb], ranks)
         for name in VERBS[verb]:
             road.stages[name]()
     return runner.manifest
@@ -99,11 +96,12 @@ def _manifest(options: RunOptions, command: str) -> Manifest:
 class _Road:
     """The stages of one run. Heavy libraries are imported by the stage that needs them."""
 
-    def __init__(self, options: RunOptions, directory: RunDirectory, runner: StageRunner, progress: Progress) -> None:
-        self._options = options
-        self._dir = directory
-        self._runner = runner
-        self._progress = progress
+    def __init__(
+        self, options: RunOptions, directory: RunDirectory, runner: StageRunner, progress: Progress, ranks: Ranks
+    ) -> None:
+        self._options, self._dir, self._runner = options, directory, runner
+        self._progress, self._ranks = progress, ranks
+        self._models = RunModels(options, directory, progress)
         self.target = target_from_option(options.target)
         self.stages: Mapping[str, Callable[[], None]] = {name: getattr(self, f"_{name}") for name in ROAD}
 
@@ -111,27 +109,17 @@ class _Road:
     def _replays(self) -> bool:
         return replays(self._options)
 
-    @cached_property
+    @property
     def _checkpoint(self) -> Checkpoint:
-        from calib.load import checkpoint_from_model
-
-        return checkpoint_from_model(
-            self._options.model,
-            workdir=self._dir.path,
-            trust_remote_code=self._options.trust_remote_code,
-            progress=self._progress,
-        )
+        return self._models.quantized
 
     @cached_property
     def _weight_files(self) -> tuple[Path, ...]:
-        files = {entry.file for entry in self._checkpoint.tensors.values()}
-        if self._checkpoint.given is not None:
-            files.add(self._checkpoint.given.path)
-        return (self._checkpoint.directory / "config.json", *sorted(files))
+        return weight_files(self._checkpoint)
 
-    @cached_property
+    @property
     def _tokenizer_files(self) -> tuple[Path, ...]:
-        return tokenizer_files(self._checkpoint.directory)
+        return self._models.tokenizer_files
 
     @cached_property
     def _sites(self) -> Sites:
@@ -152,21 +140,25 @@ class _Road:
         return self._options.model_dump(mode="json", include=set(names))
 
     def _load(self) -> None:
-        from calib.checks import check_checkpoint
-
         needs_text = self._options.verify or not (self._replays or self._options.calib_dataset == "random")
+        parts = {**self._option_parts("dtype", "rotate"), "needs_text": needs_text}
+        inputs = self._models.source_files()
+        self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
 
-        def run() -> None:
-            check_checkpoint(
-                self._checkpoint, self._progress, dtype=_GRAPH_DTYPES[self._options.dtype], needs_tokenizer=needs_text
-            )
+    def _rotate(self) -> None:
+        from calib.rotation import write_rotated
 
-        source = Path(self._options.model)
-        # A GGUF file is converted when the checkpoint is first used, so that the time is this stage's.
-        converted = source.suffix == ".gguf" and source.is_file()
-        inputs = (source,) if converted else (*self._weight_files, *self._tokenizer_files)
-        parts = {**self._option_parts("dtype"), "needs_text": needs_text}
-        self._stage("load", parts, inputs, (), run)
+        if not self._options.rotate:
+            self._runner.skip("rotate")
+            return
+        given, copies = self._models.given, self._models.companions()
+        self._stage(
+            "rotate",
+            {},
+            (*weight_files(given), *copies),
+            rotated_files(self._dir, copies),
+            lambda: write_rotated(given, self._dir.rotated, copies, self._progress),
+        )
 
     def _trace(self) -> None:
         from fptq_export.trace import trace
@@ -193,27 +185,25 @@ class _Road:
         )
 
     def _calibrate(self) -> None:
-        from fptq_export.pipeline.calibration import calibrate
+        from fptq_export.pipeline.calibration import calibrate, measured_parts
 
         if self._replays:
             self._runner.skip("calibrate")
             return
-        source = Path(self._options.calib_dataset)
-        files = (source,) if source.is_file() else ()
+        files = tuple(path for path in (Path(self._options.calib_dataset),) if path.is_file())
+        hessians = next(iter(self._hessian_files), None)
+
+        def run() -> Mapping[str, Any]:
+            key = self._runner.running_key
+            return calibrate(self._checkpoint, self._sites, self._options, hessians, key, self._ranks, self._progress)
+
         parts = self._option_parts("calib_dataset", "calib_size", "calib_seq", "batch_size", "seed", "exclude")
         self._stage(
             "calibrate",
-            {**parts, "python": platform.python_version()},
+            {**parts, **measured_parts(self._sites, self._options), "python": platform.python_version()},
             (self._dir.sites, *files, *self._weight_files, *self._tokenizer_files),
             (self._dir.stats, *self._hessian_files),
-            lambda: calibrate(
-                self._checkpoint,
-                self._sites,
-                self._options,
-                self._dir.stats,
-                next(iter(self._hessian_files), None),
-                self._progress,
-            ),
+            run,
         )
 
     @property
@@ -225,7 +215,7 @@ class _Road:
         return (self._dir.hessians,) if wanted else ()
 
     def _policy(self) -> None:
-        from fptq_export.pipeline.calibration import decide, replay
+        from fptq_export.pipeline.calibration import POLICY_OPTIONS, decide, replay
 
         outputs = (self._dir.policy, arrays_path(self._dir.policy))
         if self._replays:
@@ -242,7 +232,7 @@ class _Road:
             return
         self._stage(
             "policy",
-            self._option_parts("v0", "v1", "exclude", *_POLICY_OPTIONS),
+            self._option_parts(*POLICY_OPTIONS),
             (self._dir.stats, *self._hessian_files, self._dir.sites, *self._weight_files),
             outputs,
             lambda: decide(
@@ -277,12 +267,14 @@ class _Road:
             return
 
         def run() -> None:
-            write_json_model(verify(self._checkpoint, self._dir.w4a8, self._options, self._progress), self._dir.verify)
+            write_json_model(
+                verify(self._models.given, self._dir.w4a8, self._options, self._progress), self._dir.verify
+            )
 
         self._stage(
             "verify",
             {**self._option_parts("eval_windows", "eval_seq", "decode_steps"), "python": platform.python_version()},
-            (self._dir.w4a8, data_path(self._dir.w4a8), *self._weight_files, *self._tokenizer_files),
+            (self._dir.w4a8, data_path(self._dir.w4a8), *weight_files(self._models.given), *self._tokenizer_files),
             (self._dir.verify,),
             run,
         )

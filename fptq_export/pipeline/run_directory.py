@@ -21,6 +21,11 @@ class RunDirectory:
     path: Path
 
     @property
+    def rotated(self) -> Path:
+        """The rotated model, a Hugging Face directory; only with `--rotate`."""
+        return self.path / "rotated"
+
+    @property
     def model(self) -> Path:
         """The traced graph in float."""
         return self.path / "model.onnx"
@@ -39,6 +44,11 @@ class RunDirectory:
     def hessians(self) -> Path:
         """Second moments of the inputs of linears; written where the weight method needs them."""
         return self.path / "hessians.safetensors"
+
+    @property
+    def calibration_state(self) -> Path:
+        """What a calibration that is not finished has measured; a folder."""
+        return self.path / "calibration-state"
 
     @property
     def policy(self) -> Path:

@@ -66,6 +66,8 @@ class StageRunner:
         self._console = console
         self._producers: dict[Path, Stage] = {}
         self.manifest = manifest
+        self.running_key = ""
+        """Key of the stage that runs: what it leaves unfinished belongs to it."""
 
     def run(self, stage: Stage) -> StageRecord:
         """Run a stage, or skip it. Returns its record."""
@@ -121,9 +123,12 @@ class StageRunner:
             raise UserError(
                 str(path), "was changed since this tool wrote it, and other files belong to what it was", hint
             )
-        known = self.manifest.stages.get(stage.name)
-        earlier = next((file for file in known.inputs if file.path == name), None) if known else None
-        return record_from_file(path, self._directory, written or earlier)
+        return record_from_file(path, self._directory, written or self._read_before(name))
+
+    def _read_before(self, name: str) -> FileRecord | None:
+        """The latest record of a file that a stage has read: weights of many gigabytes are hashed once, not by each."""
+        records = [file for record in self.manifest.stages.values() for file in record.inputs if file.path == name]
+        return max(records, key=lambda file: file.modified_ns, default=None)
 
     def _written_by_another(self, stage: Stage, name: str) -> FileRecord | None:
         """The record of an input that another stage wrote; a policy that is replayed in place is its own output."""
@@ -160,6 +165,7 @@ class StageRunner:
         remove_partial_files(self._directory)
         for path in set(stage.outputs) - set(stage.inputs):
             path.unlink(missing_ok=True)
+        self.running_key = key
         started = time.monotonic()
         with PeakMemory() as memory:
             summary = stage.run()

@@ -58,8 +58,15 @@ def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     equalized = record.summary.get("equalized_sites")
     if equalized:
         rows.append(("equalized fold sites", ", ".join(f"{count} {method}" for method, count in equalized.items())))
+    names = {"w4a16": "INT4 weights, float inputs", "w8a8": "INT8 weights and inputs"}
+    precisions = record.summary.get("precisions", {})
+    rows += [(f"layers, {text}", str(precisions[name])) for name, text in names.items() if name in precisions]
     bits = record.summary["bits_per_weight"]
-    return [*rows, ("bits per quantized weight, scales included", f"{bits:.3f}")] if bits is not None else rows
+    if bits is not None:
+        rows.append(("bits per quantized weight, scales included", f"{bits:.3f}"))
+    if (effective := record.summary.get("effective_bits")) is not None:
+        rows.append(("bits per weight of all linears, 16 where float", f"{effective:.3f}"))
+    return rows
 
 
 def _size_rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -102,6 +109,7 @@ def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("engine layers", str(figures["engine_layers"])),
         ("quantized linears found in the engine, as INT4", str(figures["quantized_linears"])),
+        *([("linears found in the engine, as INT8", str(int8))] if (int8 := figures.get("int8_linears")) else []),
         ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
         ("of these run by the W4A8 plugin", _plugin_text(figures)),
         ("built with", f"{figures['target']} {figures['library_version']}"),

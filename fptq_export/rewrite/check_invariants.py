@@ -9,11 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from fptq_export.errors import PrecisionError
-from fptq_export.policy import Policy
-from fptq_export.rewrite.functions import DOMAIN, PER_TOKEN_QDQ, W4A8_PER_TOKEN
+from fptq_export.policy import LayerPolicy, Policy
+from fptq_export.rewrite.functions import DOMAIN, FRACTION, PER_TOKEN_QDQ, W4A8_PER_TOKEN
 from fptq_export.sites import Sites
 
 __all__ = ["CheckInvariants", "Interface", "interface_from_graph"]
+
+_NO_SCALE = "by no constant scale"
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class CheckInvariants(ir.passes.InPlacePass):
     Checks:
         1. Inputs and outputs are those of the original graph.
         2. Node names are unique, and every initializer and node output is used or is an output of the graph.
-        3. Every quantized linear has INT4 codes [in, out] and scales [in/group_size, out], read by one node.
-        4. Nothing else is INT4.
-        5. Every quantized linear reads INT8 activations of its tier, static ones with the scale of the policy.
+        3. Every quantized linear has its codes and scales, read by one node: INT4 [in, out] and [in/group_size, out],
+           or INT8 [in, out] and FLOAT [out].
+        4. No other matrix is INT4 or INT8.
+        5. Every quantized linear reads INT8 activations of its tier, static ones with the scale of the policy; those of
+           `w4a16` linears are not quantized.
 
     Args:
         interface: Inputs and outputs before the first rewrite.
@@ -73,13 +77,8 @@ class CheckInvariants(ir.passes.InPlacePass):
         faults = []
         expected: set[str] = set()
         for path, layer in self._policy.quantized().items():
-            groups = layer.in_features // (layer.group_size or layer.in_features)
-            shapes = {
-                f"{path}.weight_codes": [layer.in_features, layer.out_features],
-                f"{path}.weight_scales": [groups, layer.out_features],
-            }
             expected.add(f"{path}.weight_codes")
-            for name, shape in shapes.items():
+            for name, (shape, dtypes) in _weight_arrays(path, layer).items():
                 value = model.graph.initializers.get(name)
                 if value is None or value.shape is None:
                     faults.append(f"{path}: initializer {name!r} is missing")
@@ -87,11 +86,14 @@ class CheckInvariants(ir.passes.InPlacePass):
                     faults.append(
                         f"{path}: {name!r} is {list(value.shape)} with {len(value.uses())} readers, not {shape}"
                     )
-                elif (value.dtype == ir.DataType.INT4) != name.endswith(".weight_codes"):
+                elif value.dtype not in dtypes:
                     faults.append(f"{path}: {name!r} is {value.dtype}")
         for name, value in model.graph.initializers.items():
-            if value.dtype == ir.DataType.INT4 and name not in expected:
-                faults.append(f"{name!r} is INT4 but belongs to no quantized linear")
+            matrix = value.shape is not None and len(value.shape) > 1
+            if (value.dtype == ir.DataType.INT4 or (value.dtype == ir.DataType.INT8 and matrix)) and (
+                name not in expected
+            ):
+                faults.append(f"{name!r} is {value.dtype} but belongs to no quantized linear")
         return faults
 
     def _activation_faults(self, model: ir.Model) -> list[str]:
@@ -100,11 +102,31 @@ class CheckInvariants(ir.passes.InPlacePass):
             codes = model.graph.initializers.get(f"{path}.weight_codes")
             if codes is None:
                 continue
-            wanted = "per token" if layer.activation_scale is None else f"scale {np.float32(layer.activation_scale)}"
+            wanted = _wanted_activation(layer)
             found = {_activation(linear) for linear in _linears(codes)}
             if found != {wanted}:
                 faults.append(f"{path}: its activations are quantized {sorted(found)}, not [{wanted!r}]")
         return faults
+
+
+def _weight_arrays(path: str, layer: LayerPolicy) -> dict[str, tuple[list[int], set[ir.DataType]]]:
+    """Initializer -> its shape and the types it may have."""
+    codes, scales = f"{path}.weight_codes", f"{path}.weight_scales"
+    shape = [layer.in_features, layer.out_features]
+    if layer.precision == "w8a8":
+        return {codes: (shape, {ir.DataType.INT8}), scales: (shape[1:], {ir.DataType.FLOAT})}
+    groups = layer.in_features // (layer.group_size or layer.in_features)
+    floats = {ir.DataType.FLOAT16, ir.DataType.FLOAT}
+    return {codes: (shape, {ir.DataType.INT4}), scales: ([groups, layer.out_features], floats)}
+
+
+def _wanted_activation(layer: LayerPolicy) -> str:
+    """What `_activation` must say."""
+    if layer.precision == "w4a16":
+        return "not at all"
+    if layer.activation_scale is not None:
+        return f"scale {np.float32(layer.activation_scale)}"
+    return "per token, as fractions" if layer.precision == "w8a8" else "per token"
 
 
 def _linears(codes: ir.Value) -> Iterator[ir.Node]:
@@ -129,14 +151,43 @@ def _activation(linear: ir.Node) -> str:
         return "per token"
     if node is None or node.op_type != "DequantizeLinear":
         return "not at all"
-    return _scale(node.inputs[1])
+    written, read = _scale(_producer(node.inputs[0]).inputs[1]), _scale(node.inputs[1])
+    if (written, read) == ("scale 1.0", f"scale {FRACTION}") and _is_rescaled(linear, _producer(node.inputs[0])):
+        return "per token, as fractions"
+    return read if read in (written, _NO_SCALE) else f"{written} and dequantized {read}"
+
+
+def _is_rescaled(linear: ir.Node, quantize: ir.Node) -> bool:
+    """Whether the only reader of a product multiplies it by the scale that its input was divided by."""
+    product, reader = linear.outputs[0], _only_reader(linear.outputs[0])
+    if reader.op_type == "Cast":
+        product, reader = reader.outputs[0], _only_reader(reader.outputs[0])
+    divide = _producer(quantize.inputs[0])
+    if divide.op_type != "Div" or reader.op_type != "Mul":
+        return False
+    factors = [_producer(value) for value in reader.inputs if value is not product]
+    return any(divide.inputs[1] in factor.inputs and _multiplies_by(factor, 1 / FRACTION) for factor in factors)
+
+
+def _multiplies_by(node: ir.Node, number: np.float32) -> bool:
+    return node.op_type == "Mul" and f"scale {number}" in [_scale(value) for value in node.inputs]
+
+
+def _only_reader(value: ir.Value) -> ir.Node:
+    """The node that reads a value; one without a meaning where there are several or none."""
+    readers = [use.node for use in value.uses()]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else ir.Node("", "None", [None, None])
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    """The node that writes a value; one without a meaning where none does."""
+    node = value.producer() if value is not None else None
+    return node if node is not None else ir.Node("", "None", [None, None])
 
 
 def _scale(value: ir.Value | None) -> str:
-    tensor = value.const_value if value is not None else None
-    return (
-        f"scale {tensor.numpy().reshape(-1)[0]}" if tensor is not None and tensor.size == 1 else "by no constant scale"
-    )
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return f"scale {tensor.numpy().reshape(-1)[0]}" if tensor is not None and tensor.size == 1 else _NO_SCALE
 
 
 def _name_faults(model: ir.Model) -> list[str]:

@@ -20,13 +20,17 @@ from fptq_export.numerics import INT8_MAX, INT8_MIN, PER_TOKEN_EPS
 __all__ = [
     "DOMAIN",
     "ELEMENT_TYPES",
+    "FRACTION",
     "PER_TOKEN_QDQ",
     "PLUGIN_ATTRIBUTES",
     "W4A8_PER_TOKEN",
     "W4A8_STATIC",
+    "dequantized_int8_weight",
     "dequantized_weight",
+    "per_token_fractions",
     "per_token_qdq_function",
     "register_function",
+    "rescaled",
     "scale_type",
     "static_qdq",
     "w4a8_function",
@@ -47,6 +51,8 @@ _LOWEST = {
 }
 ELEMENT_TYPES = frozenset(_LOWEST)
 """What T may be."""
+FRACTION = np.float32(2.0**-7)
+"""What an INT8 code counts for in `per_token_fractions`; a power of two, so that nothing is rounded."""
 
 
 def register_function(model: ir.Model, function: ir.Function) -> None:
@@ -72,6 +78,11 @@ def dequantized_weight(
     )
 
 
+def dequantized_int8_weight(tape: Tape, codes: ir.Value, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """INT8 codes [in, out] and FLOAT channel scales [out] -> weight [in, out] of type T."""
+    return _to(tape, tape.op("DequantizeLinear", [codes, scales], {"axis": 1}), ir.DataType.FLOAT, dtype)
+
+
 def static_qdq(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value, dtype: ir.DataType) -> ir.Value:
     """Quantize and dequantize per tensor; x of type T -> T.
 
@@ -82,13 +93,44 @@ def static_qdq(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value, d
     return _to(tape, tape.op("DequantizeLinear", [codes, scale, zero_point]), ir.DataType.FLOAT, dtype)
 
 
-def _per_token_qdq(tape: Tape, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Quantize and dequantize with one scale a token, in float32; x [..., in] of type T -> T."""
-    wide = _to(tape, x, dtype, ir.DataType.FLOAT)
+def _per_token_scale(tape: Tape, wide: ir.Value) -> ir.Value:
     last_axis = _constant(tape, np.array([-1], np.int64))
     absmax = tape.op("ReduceMax", [tape.op("Abs", [wide]), last_axis], {"keepdims": 1})
     guarded = tape.op("Max", [absmax, _constant(tape, PER_TOKEN_EPS)])
-    scale = tape.op("Div", [guarded, _constant(tape, np.float32(INT8_MAX))])
+    return tape.op("Div", [guarded, _constant(tape, np.float32(INT8_MAX))])
+
+
+def per_token_fractions(tape: Tape, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    """INT8 codes with one scale a token, where Q/DQ operators may only have constant scales.
+
+    Args:
+        tape: Where the operators go.
+        x: [..., in] of type T.
+        dtype: T.
+
+    Returns:
+        code x `FRACTION`, in [-1, 1), of type T, exact; and scale / `FRACTION`, FLOAT [..., 1], which `rescaled` takes.
+        The codes are those of the contract: x / scale is quantized with the constant scale 1.
+    """
+    wide = _to(tape, x, dtype, ir.DataType.FLOAT)
+    scale = _per_token_scale(tape, wide)
+    zero = _constant(tape, np.int8(0))
+    codes = tape.op("QuantizeLinear", [tape.op("Div", [wide, scale]), _constant(tape, np.float32(1)), zero])
+    fractions = tape.op("DequantizeLinear", [codes, _constant(tape, FRACTION), zero])
+    factor = tape.op("Mul", [scale, _constant(tape, np.float32(1) / FRACTION)])
+    return _to(tape, fractions, ir.DataType.FLOAT, dtype), factor
+
+
+def rescaled(tape: Tape, product: ir.Value, factor: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Fractions W^T of type T times `factor`, in float32 -> T."""
+    wide = _to(tape, product, dtype, ir.DataType.FLOAT)
+    return _to(tape, tape.op("Mul", [wide, factor]), ir.DataType.FLOAT, dtype)
+
+
+def _per_token_qdq(tape: Tape, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Quantize and dequantize with one scale a token, in float32; x [..., in] of type T -> T."""
+    wide = _to(tape, x, dtype, ir.DataType.FLOAT)
+    scale = _per_token_scale(tape, wide)
     bounds = [_constant(tape, np.float32(bound)) for bound in (INT8_MIN, INT8_MAX)]
     codes = tape.op("Clip", [tape.op("Round", [tape.op("Div", [wide, scale])]), *bounds])
     return _to(tape, tape.op("Mul", [codes, scale]), ir.DataType.FLOAT, dtype)

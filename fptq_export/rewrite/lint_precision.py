@@ -14,7 +14,7 @@ _WEIGHTED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 
 
 class LintPrecision(ir.passes.InPlacePass):
-    """Changes nothing; raises when one operator multiplies block-INT4 weights by INT8 Q/DQ activations.
+    """Changes nothing; raises when one operator multiplies block-quantized weights by INT8 Q/DQ activations.
 
     TensorRT builds `MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(codes, block))` without a warning into
     one INT8 GEMM over all input channels and multiplies by the group scales afterwards. The group scales differ along
@@ -22,9 +22,10 @@ class LintPrecision(ir.passes.InPlacePass):
     are optimised away and do not help; `Max(x, lowest)` does.
 
     Rules:
-        1. Offends: a MatMul, Gemm or Conv with a block-INT4 operand and an operand that comes from
+        1. Offends: a MatMul, Gemm or Conv with a block-INT4 or block-INT8 operand and an operand that comes from
            DequantizeLinear(QuantizeLinear), both through nothing but operators that TensorRT looks through.
-        2. Fine: only one of the two; a barrier between activation and MatMul; a per-channel or per-tensor INT4 weight.
+        2. Fine: only one of the two; a barrier between activation and MatMul; a per-channel or per-tensor weight, which
+           is what `w8a8` linears have: their scales do not differ along the summed channels.
 
     Raises:
         PrecisionError: Names every offending node.
@@ -36,7 +37,7 @@ class LintPrecision(ir.passes.InPlacePass):
         if offenders:
             listed = "\n  ".join(offenders)
             raise PrecisionError(
-                f"{len(offenders)} operators multiply block-INT4 weights by INT8 Q/DQ activations:\n  {listed}\n"
+                f"{len(offenders)} operators multiply block-quantized weights by INT8 Q/DQ activations:\n  {listed}\n"
                 "TensorRT fuses these into one INT8 GEMM and applies the group scales after the sum, which is wrong.\n"
                 "  -> build engines from model.w4a8.onnx (this tool lowers it safely), not from the Q/DQ file"
             )
@@ -47,7 +48,7 @@ def _offends(node: ir.Node) -> bool:
     if node.op_type not in _WEIGHTED or node.domain or len(node.inputs) < 2:
         return False
     origins = [_origin(value) for value in node.inputs[:2]]
-    return any(_is_block_int4(origin) for origin in origins) and any(_is_int8_qdq(origin) for origin in origins)
+    return any(_is_block_quantized(origin) for origin in origins) and any(_is_int8_qdq(origin) for origin in origins)
 
 
 def _origin(value: ir.Value | None) -> ir.Node | None:
@@ -71,12 +72,12 @@ def _unit_factor(node: ir.Node) -> ir.Value | None:
     return None
 
 
-def _is_block_int4(node: ir.Node | None) -> bool:
+def _is_block_quantized(node: ir.Node | None) -> bool:
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
         return False
     scale = node.inputs[1]
     blocked = scale is not None and scale.shape is not None and len(scale.shape) > 1
-    return node.inputs[0].dtype == ir.DataType.INT4 and blocked
+    return node.inputs[0].dtype in (ir.DataType.INT4, ir.DataType.INT8) and blocked
 
 
 def _is_int8_qdq(node: ir.Node | None) -> bool:

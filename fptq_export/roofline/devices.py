@@ -11,8 +11,8 @@ OPERATIONS_PER_IMMA = 2 * 16 * 8 * 32
 SCHEDULERS = 4
 """Of a multiprocessor, each with a tensor core and one instruction a clock (CUDA C++ Programming Guide, 8.x to 12)."""
 LAUNCH_S = 2.5e-6
-"""From the end of a kernel to the start of the next one in a stream. Assumed, as in plugins/src/config.cpp; a CUDA
-graph needs less."""
+"""From the end of a kernel to the start of the next one in a stream. Assumed, as in plugins/src/modelled_time.cpp; a
+CUDA graph needs less."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ DEVICES = (
     # NVIDIA Ada white paper, RTX 4090: 1008 GB/s, 660.6 TOPS, 128 multiprocessors, 2520 MHz
     Device("RTX 4090", "89", 128, 2.52e9, 1.008e12, 660.6e12),
     # NVIDIA H100 data sheet, SXM: 3.35 TB/s, 1979 TOPS; Hopper white paper: 132 multiprocessors; 1830 MHz gives
-    # that rate. It is of wgmma; mma.sync reaches about 62 % of it (recalled, not measured; the same in config.cpp).
+    # that rate. It is of wgmma; mma.sync reaches about 62 % of it (recalled, not measured; as in modelled_time.cpp).
     Device("H100", "90", 132, 1.83e9, 3.35e12, 1979e12, 0.62),
 )

@@ -30,7 +30,8 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MIN_TILES_PER_SPLIT = 4
 """kSplits and kMinTilesPerSplit of plugins/src/config.cpp."""
 QUANTIZE_INSTRUCTIONS = 20.0
-"""Of a lane for one element of x, in the GEMV, where every block quantizes its rows. As in config.cpp; estimated."""
+"""Of a lane for one element of x, in the GEMV, where every block quantizes its rows. Estimated, as in
+plugins/src/modelled_time.cpp."""
 
 
 @dataclass(frozen=True)

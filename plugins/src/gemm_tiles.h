@@ -3,6 +3,8 @@
 #ifndef FPTQ_SRC_GEMM_TILES_H
 #define FPTQ_SRC_GEMM_TILES_H
 
+#include "fptq/kernels.h"
+
 /*
  * FPTQ_GEMM_TILE(block_m, block_n, warp_m, warp_n, stages). A k tile is 64 everywhere: two tensor-core steps,
  * one packed tile.
@@ -50,6 +52,21 @@ inline constexpr int kGemvDepth = 4;
  */
 constexpr bool tile_fits_registers(int warp_m, int warp_n, bool folds, int group_size) {
   return !folds || warp_m * warp_n <= (group_size == 16 ? 32 * 32 : 64 * 32);
+}
+
+/*
+ * two_level promises the tiles for long prompts at most 3 instructions beside each tensor-core step
+ * (tests/plugins/gates). Conversion takes 1.25 of them in a warp tile of 64 rows, and two for each scale pair
+ * of groups of 16 another 1.0. What is left pays for copies, waits and the loop in a warp tile of 64 x 64, not
+ * in one of 64 x 32, which shares them among half the steps.
+ */
+constexpr bool tile_keeps_pace(int warp_m, int warp_n, bool two_level, int group_size) {
+  return !two_level || group_size > 16 || warp_m < 64 || warp_n >= 64;
+}
+
+constexpr bool tile_is_offered(int warp_m, int warp_n, FptqScheme scheme, int group_size) {
+  return tile_fits_registers(warp_m, warp_n, scheme == FPTQ_GROUP, group_size) &&
+         tile_keeps_pace(warp_m, warp_n, scheme == FPTQ_TWO_LEVEL, group_size);
 }
 
 }  // namespace fptq

@@ -28,6 +28,10 @@ namespace fptq {
 /* ---- where a thread is ---- */
 
 __device__ __forceinline__ int thread_id() { return static_cast<int>(threadIdx.x); }
+/* thread_id() / 32, and the compiler knows that the lanes of a warp agree on it. All 32 must call it. */
+__device__ __forceinline__ int warp_id() {
+  return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 32, 0);
+}
 __device__ __forceinline__ int block_id_x() { return static_cast<int>(blockIdx.x); }
 __device__ __forceinline__ int block_id_y() { return static_cast<int>(blockIdx.y); }
 
@@ -104,6 +108,13 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], const void*
                : "r"(shared_address(smem_row))
                : "memory");
 }
+/* As ldmatrix_x4, transposed: lane l gets column l / 4 of rows 2 * (l % 4), low, and + 1, high. */
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* smem_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(smem_row))
+               : "memory");
+}
 
 /* ---- integer arithmetic ---- */
 
@@ -144,8 +155,15 @@ __device__ __forceinline__ int dp4a_s8_u8(uint32_t a, uint32_t b, int c) {
   return d;
 }
 
-/* Byte 1 of `word` in all four bytes. */
-__device__ __forceinline__ uint32_t replicate_byte_1(uint32_t word) { return __byte_perm(word, 0, 0x1111); }
+/* Byte kByte of `word` as a number, and in all four bytes. */
+template <int kByte>
+__device__ __forceinline__ uint32_t extract_byte(uint32_t word) {
+  return __byte_perm(word, 0, 0x4440 + kByte);
+}
+template <int kByte>
+__device__ __forceinline__ uint32_t replicate_byte(uint32_t word) {
+  return __byte_perm(word, 0, 0x1111 * kByte);
+}
 
 /* ---- floating point: each with its rounding, so that the compiler may not contract or approximate ---- */
 

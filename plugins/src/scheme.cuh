@@ -60,13 +60,15 @@ __device__ __forceinline__ uint32_t low_codes_times_16(uint32_t word) {
 }
 __device__ __forceinline__ uint32_t high_codes_times_16(uint32_t word) { return word & 0xF0F0F0F0u; }
 
-/* A two_level scale pair (uint8 s1, uint8 a; little-endian in 16 bits), ready for four weights at once. */
+/* A two_level scale pair (uint8 s1, then uint8 a), ready for four weights at once. */
 struct TwoLevelScale {
   uint32_t factor; /* s1 */
   uint32_t offset; /* a in each of the four bytes */
 };
-__device__ __forceinline__ TwoLevelScale two_level_from_pair(uint32_t pair) {
-  return {pair & 0xFFu, replicate_byte_1(pair)};
+/* The pair in the low (kHalf 0) or high 16 bits of a word. */
+template <int kHalf>
+__device__ __forceinline__ TwoLevelScale two_level_from_pair(uint32_t word) {
+  return {extract_byte<2 * kHalf>(word), replicate_byte<2 * kHalf + 1>(word)};
 }
 /* u * s1 + a in each byte. No byte carries into the next: the packer keeps 15 * s1 + a <= 255. */
 __device__ __forceinline__ uint32_t low_codes_two_level(uint32_t word, TwoLevelScale scale) {

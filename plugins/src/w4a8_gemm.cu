@@ -1,5 +1,6 @@
 #include "kernels_internal.h"
 #include "launch.h"
+#include "split_k_reduce.cuh"
 #include "w4a8_gemm.cuh"
 
 namespace fptq {
@@ -7,7 +8,7 @@ namespace {
 
 template <class T, class S>
 FptqStatus launch_tile(const GemmParams& params, FptqStream stream) {
-  if constexpr (tile_fits_registers(T::WARP_M, T::WARP_N, S::kFolds, S::kGroupSize)) {
+  if constexpr (tile_is_offered(T::WARP_M, T::WARP_N, S::kKind, S::kGroupSize)) {
     const int tiles_m = (params.m + T::BLOCK_M - 1) / T::BLOCK_M;
     const int tiles_n = (params.padded_n + T::BLOCK_N - 1) / T::BLOCK_N;
     return launch(w4a8_gemm_kernel<T, S>, static_cast<uint32_t>(tiles_m) * static_cast<uint32_t>(tiles_n),

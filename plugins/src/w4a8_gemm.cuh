@@ -10,107 +10,12 @@
 #ifndef FPTQ_SRC_W4A8_GEMM_CUH
 #define FPTQ_SRC_W4A8_GEMM_CUH
 
-#include "gemm_tiles.h"
+#include "gemm_shapes.cuh"
 #include "ptx_ops.h"
+#include "scale_pairs.cuh"
 #include "scheme.cuh"
 
 namespace fptq {
-
-/* ---- shapes known at compile time ---- */
-
-template <int kBlockM, int kBlockN, int kWarpM, int kWarpN, int kStages>
-struct GemmTile {
-  static constexpr int BLOCK_M = kBlockM;
-  static constexpr int BLOCK_N = kBlockN;
-  static constexpr int BLOCK_K = FPTQ_TILE_K;
-  static constexpr int WARP_M = kWarpM;
-  static constexpr int WARP_N = kWarpN;
-  static constexpr int kNumStages = kStages;
-  static constexpr int kWarpsM = BLOCK_M / WARP_M;
-  static constexpr int kNumThreads = 32 * kWarpsM * (BLOCK_N / WARP_N);
-  /* Resident blocks that the compiler must leave registers for. Left to itself it aims higher, and spills for
-   * it. */
-  static constexpr int kMinBlocks = kNumThreads <= 128 ? 2 : 1;
-  static constexpr int kFragmentsM = WARP_M / 16; /* accumulator fragments of a warp, 16 x 8 each */
-  static constexpr int kFragmentsN = WARP_N / 8;
-
-  static constexpr int kChunksPerRowA = BLOCK_K / 16; /* a chunk is the 16 bytes of a cp.async */
-  static constexpr int kChunksA = BLOCK_M * kChunksPerRowA;
-  static constexpr int kChunksB = BLOCK_N / FPTQ_TILE_N * 32;
-  static constexpr int kCopiesA =
-      (kChunksA + kNumThreads - 1) / kNumThreads; /* of a thread, for one k tile */
-  static constexpr int kCopiesB = kChunksB / kNumThreads;
-  static constexpr int kRowsPerCopyA = kNumThreads / kChunksPerRowA;
-  static constexpr int kStageBytesA = BLOCK_M * BLOCK_K;
-  static constexpr int kStageBytesB = BLOCK_N * BLOCK_K / 2;
-
-  static_assert(BLOCK_M % WARP_M == 0 && BLOCK_N % WARP_N == 0, "warps must tile the block");
-  static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0,
-                "a warp reads whole fragments of A and whole packed tiles of B");
-  static_assert(kChunksB % kNumThreads == 0, "every thread copies the same number of weight chunks");
-  static_assert(kChunksA % kNumThreads == 0 || kCopiesA == 1,
-                "only a single round of A copies may be partly idle");
-  static_assert(kRowsPerCopyA % 8 == 0,
-                "the swizzle repeats every 8 rows, so all copies of a thread share it");
-  static_assert(kNumStages >= 3, "at least two k tiles under way hide the latency of memory");
-};
-
-template <class T, class S>
-struct GemmShared {
-  static constexpr int kChunksPerRowS = T::BLOCK_N * 2 / 16; /* 16 bits a channel in every scheme */
-  static constexpr int kChunksS = S::kHasGroups ? S::kGroupsPerTile * kChunksPerRowS : 0;
-  static constexpr int kStageBytesS = kChunksS * 16;
-  static constexpr int kBytes = T::kNumStages * (T::kStageBytesA + T::kStageBytesB + kStageBytesS);
-  static_assert(kChunksS <= T::kNumThreads, "a thread copies at most one chunk of scales");
-  static_assert(T::kNumStages % S::kTilesPerGroup == 0,
-                "a round of stages is made of whole groups: the phase of a tile is a constant of the loop");
-  static_assert(tile_fits_registers(T::WARP_M, T::WARP_N, S::kFolds, S::kGroupSize),
-                "INT32 and FP32 sums must fit the registers");
-};
-
-struct GemmParams {
-  const int8_t* a;         /* INT8 [m, 64 * num_k_tiles], row-major */
-  const unsigned char* b;  /* INT4, packed (layout.h) */
-  const unsigned char* s;  /* FP16 or two_level pairs [num_groups][padded_n]; not read per channel */
-  const float* row_scales; /* FP32 [m] */
-  const int32_t* row_sums; /* INT32 [m]; two_level only */
-  uint32_t* partials;      /* Accumulator [split_k][m][padded_n]; null when split_k is 1 */
-  Output out;
-  int m;
-  int padded_n;
-  int num_k_tiles;
-  int num_groups;
-  int split_k;
-};
-
-/* ---- which part is whose ---- */
-
-struct BlockTile {
-  int m, n; /* in tiles */
-};
-
-/*
- * Thread blocks that run at the same time should share operands in L2. They go down panels of kPanelM tiles
- * along m, so a wave of b blocks reads kPanelM tiles of x and b / kPanelM tiles of w, not one row of tiles
- * and all of w.
- */
-inline constexpr int kPanelM = 8;
-__device__ __forceinline__ BlockTile block_tile(int block, int tiles_m, int tiles_n) {
-  const int panel = block / (kPanelM * tiles_n);
-  const int within = block % (kPanelM * tiles_n);
-  const int rest = tiles_m - panel * kPanelM;
-  const int height = rest < kPanelM ? rest : kPanelM;
-  return {panel * kPanelM + within % height, within / height};
-}
-
-/* First k tile of part `split`. Parts are made of whole groups, and differ by at most one. */
-template <class S>
-__device__ __forceinline__ int first_k_tile(int num_k_tiles, int split, int split_k) {
-  const int units = num_k_tiles / S::kTilesPerGroup; /* at most 1024: the product below is small */
-  return units * split / split_k * S::kTilesPerGroup;
-}
-
-/* ---- the kernel ---- */
 
 template <class T, class S>
 __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kernel(const GemmParams p) {
@@ -126,8 +31,9 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
 
   const int thread = thread_id();
   const int lane = thread % 32;
-  const int warp_m = thread / 32 % T::kWarpsM;
-  const int warp_n = thread / 32 / T::kWarpsM;
+  const int warp = warp_id();
+  const int warp_m = warp % T::kWarpsM;
+  const int warp_n = warp / T::kWarpsM;
   const int tiles_m = (p.m + T::BLOCK_M - 1) / T::BLOCK_M;
   const int tiles_n = (p.padded_n + T::BLOCK_N - 1) / T::BLOCK_N;
   const BlockTile block = block_tile(block_id_x(), tiles_m, tiles_n);
@@ -140,7 +46,7 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
 
   /*
    * Copy plan: pointers that advance once a round of kNumStages k tiles; within a round the offsets of a
-   * and b are constants of the instructions. Rows and channels past the end are filled with zeros.
+   * and b are constants of the instructions. Rows of a and channels of b past the end are filled with zeros.
    */
   const int8_t* gmem_a[T::kCopiesA];
   bool valid_a[T::kCopiesA];
@@ -168,42 +74,52 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
   }
 
   const int s_column = block_column + thread % Shared::kChunksPerRowS * 8;
-  const bool copies_s = thread < Shared::kChunksS;
-  const bool valid_s = s_column < p.padded_n;
-  /* The group of this thread's chunk. Where a k tile holds several groups the last may be missing. */
-  int s_group = first_tile / S::kTilesPerGroup * S::kGroupsPerTile + thread / Shared::kChunksPerRowS;
+  /* Whole warps where that is possible: a branch that no warp parts at costs less. */
+  const bool copies_s = Shared::kChunksS % 32 == 0 ? warp * 32 < Shared::kChunksS : thread < Shared::kChunksS;
+  const int s_group = first_tile / S::kTilesPerGroup * S::kGroupsPerTile + thread / Shared::kChunksPerRowS;
+  /* K tiles from where the pointers are on in which this thread's chunk has a group: where a k tile holds
+   * several groups the last ones may be missing. */
+  int tiles_left_s = ceil_divide(p.num_groups - s_group, S::kGroupsPerTile);
+  /* Channels past the end get the scales of channel 0; their sums are not stored. */
   const unsigned char* gmem_s =
-      p.s + (static_cast<size_t>(s_group) * p.padded_n + (valid_s ? s_column : 0)) * 2;
+      p.s + (static_cast<size_t>(s_group) * p.padded_n + (s_column < p.padded_n ? s_column : 0)) * 2;
   const int s_step = S::kGroupsPerTile * p.padded_n * 2;
 
-  /* Starts the copies of the k tile `ahead` of the first one of this round. */
-  const auto fetch_tile = [&](int ahead) {
-    const int stage = ahead % kNumStages;
-    const int phase = ahead % S::kTilesPerGroup;
+  /* Starts the copies of the k tile `offset` after the one that the pointers are at. `number` counts from the
+   * first tile of a round: stage and phase within a group. */
+  const auto fetch_tile = [&](int number, int offset) {
+    const int stage = number % kNumStages;
+    const int phase = number % S::kTilesPerGroup;
     unsigned char* stage_a = smem_a + stage * T::kStageBytesA;
     unsigned char* stage_b = smem_b + stage * T::kStageBytesB;
 #pragma unroll
     for (int i = 0; i < T::kCopiesA; ++i) {
       if (T::kChunksA % T::kNumThreads == 0 || thread < T::kChunksA) {
         cp_async_16(stage_a + write_offset_a + i * T::kRowsPerCopyA * T::BLOCK_K,
-                    gmem_a[i] + ahead * T::BLOCK_K, valid_a[i]);
+                    gmem_a[i] + offset * T::BLOCK_K, valid_a[i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < T::kCopiesB; ++i) {
-      cp_async_16(stage_b + (thread + i * T::kNumThreads) * 16, gmem_b[i] + ahead * FPTQ_TILE_BYTES,
+      cp_async_16(stage_b + (thread + i * T::kNumThreads) * 16, gmem_b[i] + offset * FPTQ_TILE_BYTES,
                   valid_b[i]);
     }
     if constexpr (S::kHasGroups) {
-      if (S::loads_scales(phase) && copies_s) {
-        const bool exists = S::kGroupsPerTile == 1 || s_group < p.num_groups;
-        cp_async_16(smem_s + stage * Shared::kStageBytesS + thread * 16, gmem_s, valid_s && exists);
+      if (S::loads_scales(phase)) {
+        const bool exists = S::kGroupsPerTile == 1 || offset < tiles_left_s;
+        if (copies_s) cp_async_16(smem_s + stage * Shared::kStageBytesS + thread * 16, gmem_s, exists);
       }
-      if (phase == S::kTilesPerGroup - 1) {
-        s_group += S::kGroupsPerTile;
-        gmem_s += s_step;
-      }
+      if (phase == S::kTilesPerGroup - 1) gmem_s += s_step;
     }
+  };
+
+  /* Moves the pointers on by so many k tiles; those of the scales moved with their copies. */
+  const auto advance = [&](int tiles) {
+#pragma unroll
+    for (int i = 0; i < T::kCopiesA; ++i) gmem_a[i] += tiles * T::BLOCK_K;
+#pragma unroll
+    for (int i = 0; i < T::kCopiesB; ++i) gmem_b[i] += tiles * FPTQ_TILE_BYTES;
+    if constexpr (S::kGroupsPerTile > 1) tiles_left_s -= tiles;
   };
 
   int sums[MI][NI][4];                     /* INT32: of the current group when folding, else of all k */
@@ -249,9 +165,9 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
   const int read_offset_a = (warp_m * T::WARP_M + lane % 16) * T::BLOCK_K;
   const int read_swizzle_a = lane / 2 % 4;
   const int read_offset_b = warp_n * T::WARP_N / FPTQ_TILE_N * FPTQ_TILE_BYTES + lane * 16;
+  const int read_offset_s = ScalePairs<S, NI>::lane_offset(lane, T::BLOCK_N, warp_n * T::WARP_N);
 
-  /* two_level scales of the current group, for the channel of each B fragment */
-  [[maybe_unused]] TwoLevelScale held[S::kTwoLevel ? NI : 1];
+  [[maybe_unused]] ScalePairs<S, NI> pairs; /* two_level: of the k tile, or of the group that spans it */
 
   const auto multiply_tile = [&](int stage, int phase, int tile) {
     const unsigned char* stage_a = smem_a + stage * T::kStageBytesA + read_offset_a;
@@ -260,6 +176,9 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
     uint4 b[NI / 2];
 #pragma unroll
     for (int j = 0; j < NI / 2; ++j) b[j] = load_shared<uint4>(stage_b + j * FPTQ_TILE_BYTES);
+    if constexpr (S::kTwoLevel) {
+      if (S::loads_scales(phase)) pairs.load(stage_s + read_offset_s, T::BLOCK_N);
+    }
 #pragma unroll
     for (int step = 0; step < 2; ++step) { /* 32 of the 64 input channels */
       uint32_t a[MI][4];
@@ -293,14 +212,8 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
           const uint32_t word =
               (j % 2 == 0) ? (step == 0 ? b[j / 2].x : b[j / 2].y) : (step == 0 ? b[j / 2].z : b[j / 2].w);
           if constexpr (S::kTwoLevel) {
-            const unsigned char* pair =
-                stage_s + (group_row * T::BLOCK_N + warp_n * T::WARP_N + j * 8 + lane / 4) * 2;
-            if (S::kGroupSize < FPTQ_TILE_K || (step == 0 && phase == 0)) {
-              held[j] = two_level_from_pair(load_shared<uint16_t>(pair));
-            }
-            const TwoLevelScale low = held[j];
-            const TwoLevelScale high =
-                S::kGroupSize == 16 ? two_level_from_pair(load_shared<uint16_t>(pair + T::BLOCK_N * 2)) : low;
+            const TwoLevelScale low = pairs.scale(group_row, j);
+            const TwoLevelScale high = S::kGroupSize == 16 ? pairs.scale(group_row + 1, j) : low;
             const uint32_t b0 = low_codes_two_level(word, low);
             const uint32_t b1 = high_codes_two_level(word, high);
 #pragma unroll
@@ -364,61 +277,25 @@ __global__ void __launch_bounds__(T::kNumThreads, T::kMinBlocks) w4a8_gemm_kerne
    * tile has arrived. */
 #pragma unroll
   for (int t = 0; t < kNumStages - 1; ++t) {
-    if (t < num_tiles) fetch_tile(t);
+    if (t < num_tiles) fetch_tile(t, t);
     cp_async_commit();
   }
+  advance(kNumStages - 1); /* the offsets of a round start at 0: no address arithmetic between its tiles */
 
   /* Unrolled by the number of stages, an even number: stage and phase within a group are constants. */
-  for (int base = 0; base < num_tiles; base += kNumStages) {
+  for (int left = num_tiles; left > 0; left -= kNumStages) {
 #pragma unroll
     for (int u = 0; u < kNumStages; ++u) {
-      const int tile = base + u;
-      if (tile >= num_tiles) break;
+      if (u >= left) break;
       cp_async_wait<kNumStages - 2>(); /* this thread's part of the tile has arrived ... */
       sync_block(); /* ... everybody's has, and nobody still reads the stage that is refilled next */
-      if (tile + kNumStages - 1 < num_tiles) fetch_tile(u + kNumStages - 1);
+      if (u + kNumStages - 1 < left) fetch_tile(u + kNumStages - 1, u);
       cp_async_commit();
-      multiply_tile(u, u % S::kTilesPerGroup, first_tile + tile);
+      multiply_tile(u, u % S::kTilesPerGroup, first_tile + num_tiles - left + u);
     }
-#pragma unroll
-    for (int i = 0; i < T::kCopiesA; ++i) gmem_a[i] += kNumStages * T::BLOCK_K;
-#pragma unroll
-    for (int i = 0; i < T::kCopiesB; ++i) gmem_b[i] += kNumStages * FPTQ_TILE_BYTES;
+    advance(kNumStages);
   }
   store_results(); /* groups still under way are empty */
-}
-
-/* Adds the partial sums of split-K in the order of k, whatever block finished first, and finishes the
- * outputs. */
-struct ReduceParams {
-  const uint32_t* partials; /* Accumulator [split_k][m][padded_n] */
-  const float* row_scales;  /* FP32 [m] */
-  const int32_t* row_sums;  /* INT32 [m]; two_level only */
-  Output out;
-  int m;
-  int padded_n;
-  int split_k;
-};
-
-inline constexpr int kReduceThreads = 128;
-
-template <FptqScheme kKind>
-__global__ void __launch_bounds__(kReduceThreads) split_k_reduce_kernel(const ReduceParams p) {
-  const int row = block_id_x();
-  const int column = (block_id_y() * kReduceThreads + thread_id()) * 2;
-  if (column >= p.out.n) return;
-  const size_t stride = static_cast<size_t>(p.m) * p.padded_n;
-  const uint32_t* partial = p.partials + static_cast<size_t>(row) * p.padded_n + column;
-  RowScale x = {load_global_constant<float>(p.row_scales + row), 0};
-  if constexpr (kKind == FPTQ_TWO_LEVEL) x.row_sum = load_global_constant<int32_t>(p.row_sums + row);
-  using Accumulator = std::conditional_t<kKind == FPTQ_GROUP, float, int>;
-  Accumulator sum0 = 0, sum1 = 0;
-  for (int split = 0; split < p.split_k; ++split) {
-    const uint2 bits = load_global_constant<uint2>(partial + split * stride);
-    sum0 += accumulator_from_bits<Accumulator>(bits.x);
-    sum1 += accumulator_from_bits<Accumulator>(bits.y);
-  }
-  finish_pair<kKind>(p.out, row, column, sum0, sum1, x);
 }
 
 }  // namespace fptq

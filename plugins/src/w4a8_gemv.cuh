@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvMinBlocks) w4a8_gemv_kernel
         const uint32_t word = words[quarter / 2][half];
         uint32_t codes4;
         if constexpr (S::kTwoLevel) {
-          const TwoLevelScale scale = two_level_from_pair(tile.scales[in_tile][half]);
+          const TwoLevelScale scale = two_level_from_pair<0>(tile.scales[in_tile][half]);
           codes4 = quarter % 2 == 0 ? low_codes_two_level(word, scale) : high_codes_two_level(word, scale);
         } else {
           codes4 = quarter % 2 == 0 ? low_codes_times_16(word) : high_codes_times_16(word);

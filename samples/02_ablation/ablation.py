@@ -22,13 +22,14 @@ from transformers import PreTrainedModel
 
 from calib.batches import CalibrationOptions, held_out_windows, token_batches
 from calib.checks import check_checkpoint
-from calib.decide import DEFAULT_EXCLUDE, PolicyOptions, decide_policy, excluded_paths
+from calib.decide import PolicyOptions, decide_policy
 from calib.equalize import closed_form_scale
 from calib.fake_quant import WeightPrecision, applied_policy
 from calib.hessians import hessian_writer, owners_from_sites
 from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
 from calib.observe import HessianSink, observe
 from calib.policy_arrays import policy_arrays
+from calib.precision import DEFAULT_EXCLUDE, excluded_paths
 from calib.session import TorchCausalSession
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS

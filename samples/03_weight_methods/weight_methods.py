@@ -25,15 +25,25 @@ from transformers import PreTrainedModel
 from calib.batches import CalibrationOptions, TokenBatches, held_out_windows, token_batches
 from calib.checks import check_checkpoint
 from calib.choose_equalization import EqualizerOptions
-from calib.decide import DEFAULT_EXCLUDE, PolicyOptions, decide_policy, excluded_paths
+from calib.decide import PolicyOptions, decide_policy
 from calib.fake_quant import applied_policy
 from calib.hessians import HESSIANS_FILE, hessian_writer, owners_from_sites
-from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
+from calib.load import (
+    Checkpoint,
+    checkpoint_from_directory,
+    checkpoint_from_model,
+    model_from_checkpoint,
+    stored_dtype,
+    tokenizer_from_checkpoint,
+)
 from calib.observe import HessianSink, observe
+from calib.precision import DEFAULT_EXCLUDE, excluded_paths
+from calib.rotation import write_rotated
 from calib.session import TorchCausalSession
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import FptqError
+from fptq_export.pipeline.tokenizer_files import tokenizer_files
 from fptq_export.policy import Equalizer, Policy, WeightMethod
 from fptq_export.progress import ConsoleProgress, Progress
 from fptq_export.sites import Sites, read_sites
@@ -93,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=64, help="input channels a weight scale (default: 64)")
     parser.add_argument("--methods", nargs="+", choices=tuple(WEIGHT_METHODS), default=tuple(WEIGHT_METHODS))
     parser.add_argument("--equalizers", nargs="+", choices=get_args(Equalizer), default=("paper",))
+    parser.add_argument("--rotate", action="store_true", help="rotate the residual stream first")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows (default: 8)")
     parser.add_argument("--seq", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--calib-size", type=int, default=64, help="calibration windows (default: 64)")
@@ -108,6 +119,10 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     workdir = options.workdir / Path(options.model).name
     checkpoint = checkpoint_from_model(options.model, workdir=workdir, trust_remote_code=False, progress=progress)
     check_checkpoint(checkpoint, progress)
+    if options.rotate:
+        workdir /= "rotated"
+        write_rotated(checkpoint, workdir, tokenizer_files(checkpoint.directory), progress)
+        checkpoint = checkpoint_from_directory(workdir, f"{checkpoint.name}, rotated")
     sites = traced_sites(checkpoint, workdir, progress)
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     sizes = CalibrationOptions(size=options.calib_size, seq=options.seq)

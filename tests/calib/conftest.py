@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import GPT2Config, PretrainedConfig
 
 from calib.load import Checkpoint, checkpoint_from_directory
 from calib.stats import Stats
@@ -21,6 +22,13 @@ StatsFactory = Callable[[dict[str, float]], Stats]
 def llama(tiny_llama_dir: Path) -> Checkpoint:
     """The tiny LLaMA: hidden 64, MLP 128, 2 layers."""
     return checkpoint_from_directory(tiny_llama_dir, "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2(make_model_dir: Callable[[PretrainedConfig], Path]) -> Checkpoint:
+    """A random GPT-2: Conv1D linears that store [in, out], one of them square, and a tied head."""
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=512, n_positions=128, bos_token_id=0, eos_token_id=1)
+    return checkpoint_from_directory(make_model_dir(config), "gpt2")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from calib.batches import AUTO_BATCH_TOKENS, CalibrationOptions, auto_batch_size, held_out_windows, token_batches
+from calib.batches import (
+    AUTO_BATCH_TOKENS,
+    CalibrationOptions,
+    TextOptions,
+    auto_batch_size,
+    evaluation_batches,
+    held_out_windows,
+    token_batches,
+)
 from calib.text import calibration_text, held_out_text
 from fptq_export.errors import UserError
 
@@ -227,8 +235,8 @@ def test_text_without_a_tokenizer_is_refused() -> None:
         ("data.jsonl", b'["a"]\n', "no text in it"),
         ("data.npz", b"PK\x03\x04 not a zip", "not a readable .npz"),
         ("data.npz", b"", "not a readable .npz"),
-        ("data.csv", b"a,b", "not a source of calibration text"),
-        ("a folder", None, "not a source of calibration text"),
+        ("data.csv", b"a,b", "not a source of text"),
+        ("a folder", None, "not a source of text"),
     ],
 )
 def test_unreadable_source_is_refused(
@@ -288,3 +296,52 @@ def test_automatic_batch_fills_the_token_budget() -> None:
     """Short windows are batched, a window beyond the budget runs alone."""
     assert auto_batch_size(512) == 4
     assert auto_batch_size(AUTO_BATCH_TOKENS * 4) == 1
+
+
+def test_evaluation_reads_what_verification_reads(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Without a text of their own both measure the same windows of the half that calibration never sees."""
+    batches = evaluation_batches(TextOptions(windows=3, seq=16), tiny_tokenizer, VOCABULARY)
+    assert np.array_equal(batches.tokens, held_out_windows(tiny_tokenizer, 3, 16))
+
+
+def test_evaluation_takes_windows_in_order(tmp_path: Path) -> None:
+    """The first windows of a text come first, whatever the seed; 0 takes all, and too few are said."""
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz", encoding="utf-8")
+    tokenizer: Any = BosTokenizer()
+    few, every, more = (
+        evaluation_batches(TextOptions(str(path), windows, seq=5, seed=9), tokenizer, VOCABULARY)
+        for windows in (2, 0, 100)
+    )
+    assert few.tokens[:, 0].tolist() == [7, 7]
+    assert np.array_equal(few.tokens, every.tokens[:2])
+    assert np.array_equal(every.tokens, more.tokens)
+    assert len(every.tokens) == 7  # 26 letters and the blank line, four a window after the first token
+    assert every.description.endswith("all there is")
+    assert "100 windows were asked for" in more.description
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "random"}, "no model predicts random tokens"),
+        ({"seq": 1}, "--eval-seq: must be at least 2"),
+        ({"windows": -1}, "--eval-windows: must be at least 0"),
+        ({"seed": -1}, "--seed: must be at least 0"),
+    ],
+)
+def test_text_that_says_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Random tokens and sizes that predict nothing are errors and not figures."""
+    with pytest.raises(UserError, match=message):
+        TextOptions(**changes)
+
+
+def test_errors_of_evaluation_name_its_own_options(tmp_path: Path) -> None:
+    """A short text is about --text and --eval-seq, not about calibration."""
+    path = tmp_path / "text.txt"
+    path.write_text("a", encoding="utf-8")
+    tokenizer: Any = BosTokenizer()
+    with pytest.raises(UserError, match=r"--text .*too short(.|\n)*--eval-seq"):
+        evaluation_batches(TextOptions(str(path)), tokenizer, VOCABULARY)
+    with pytest.raises(UserError, match="--text builtin: text needs a tokenizer"):
+        evaluation_batches(TextOptions(), None, VOCABULARY)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, PretrainedConfig
 
 from calib.linears import LinearWeights, linears_from_model, weight_from_linear
-from calib.load import Checkpoint, checkpoint_from_directory, model_from_checkpoint
+from calib.load import Checkpoint, model_from_checkpoint
 from fptq_export.errors import UserError
-
-
-@pytest.fixture(scope="session")
-def gpt2(make_model_dir: Callable[[PretrainedConfig], Path]) -> Checkpoint:
-    """A random GPT-2: Conv1D linears that store [in, out], one of them square, and a tied head."""
-    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=512, n_positions=128, bos_token_id=0, eos_token_id=1)
-    return checkpoint_from_directory(make_model_dir(config), "gpt2")
 
 
 @pytest.mark.parametrize("fixture", ["llama", "gpt2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,20 @@ def test_hessian_is_the_second_moment_of_the_input(model: Any, sites: Sites, pat
         # A float32 sum of n terms, each a rounded product: (n + 1) half ulps of the sum of magnitudes (Higham 3.1).
         bound = (len(x) + 2) * 2.0**-24 * (np.abs(x).T @ np.abs(x)) / len(x)
         assert (np.abs(stored.read(path).numpy() - x.T @ x / len(x)) <= bound).all(), path
+
+
+def test_a_block_is_gone_before_the_next_one_is_loaded(model: Any, paths: list[str]) -> None:
+    """Two blocks in float32 at once would double the peak of a calibration."""
+    loaded: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def load() -> Any:
+        alive.append(sum(reference() is not None for reference in loaded))
+        again = copy.deepcopy(model)
+        loaded.extend(weakref.ref(block) for block in again.model.layers)
+        return again
+
+    observe(load, random_tokens(), paths, NoProgress())
+    # While the first pass records, the model it runs on is alive, its blocks emptied.
+    recording = alive.index(LAYERS)
+    assert [count for index, count in enumerate(alive) if index != recording] == [0] * (len(alive) - 1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.weights import WEIGHT_METHODS, QuantizedWeight, WeightProblem
+from calib.weights import WEIGHT_METHODS, QuantizedWeight, WeightProblem, adaround
 from calib.weights.gptq import gptq_codes, inverse_factor
 from calib.weights.rtn import quantize_rtn
 from fptq_export.policy import WeightMethod
@@ -23,13 +25,21 @@ from tests.support.hessians import (
 
 METHODS = tuple(WEIGHT_METHODS)
 NEED_HESSIAN = tuple(name for name, entry in WEIGHT_METHODS.items() if entry.needs_hessian)
-NEVER_WORSE_THAN_RTN: tuple[WeightMethod, ...] = ("gptq+cd",)
+NEVER_WORSE_THAN_RTN: tuple[WeightMethod, ...] = ("gptq+cd", "adaround")
 GROUP = 16
 CHANNELS = (16, 32, 48, 128, 144, 576)
 KINDS = ("normal", "zero rows", "outlier", "denormal", "huge", "constant", "half zero")
 HALF_STEP = 0.5 + 2.0**-9
 """Steps that a code of 8 bits or less may be off: half a step, and the float16 rounding of a scale moves the largest
 weight of at most 8 steps by 8 x 2^-11 of a step, less than the margin (float32 rounding of the quotient included)."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_steps_of_learning() -> Iterator[None]:
+    """What holds of every result holds after any number of steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaround, "ITERATIONS", 10)
+        yield
 
 
 def drawn(kind: str, channels: int, seed: int) -> torch.Tensor:

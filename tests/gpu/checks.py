@@ -16,7 +16,7 @@ from tests.plugins.emulation.weights import GROUP, TWO_LEVEL, Weight, plain_weig
 LARGEST_EXACT_FP16 = 2048
 """Every integer up to here is an FP16 number, so an output that is such an integer has no rounding at all."""
 SPLITS = (1, 3)
-FITTING = [(t, s, g) for t in TILES for s, g in cases.SCHEMES if cases.folds_fit(t, s, g)]
+FITTING = [(t, s, g) for t in TILES for s, g in cases.SCHEMES if cases.is_offered(t, s, g)]
 
 
 def check_outputs(driver: Driver, x: Any, weight: Weight, config: Config, **options: Any) -> Any:

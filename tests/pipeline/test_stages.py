@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fptq_export import __version__
 from fptq_export.errors import UserError
+from fptq_export.files import sha256_from_file
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest
 from fptq_export.pipeline.stages import Stage, StageRunner
@@ -176,3 +177,35 @@ def test_the_record_says_what_was_measured(workshop: Workshop) -> None:
     assert record.peak_memory_bytes > 1 << 20
     assert [file.path for file in (*record.inputs, *record.outputs)] == ["source", "middle"]
     assert {len(file.sha256) for file in (*record.inputs, *record.outputs)} == {64}
+
+
+def test_a_running_stage_knows_its_key(workshop: Workshop) -> None:
+    """What it leaves unfinished can be told from that of other options."""
+    runner = workshop.runner()
+    seen: list[str] = []
+
+    def work() -> Mapping[str, Any]:
+        seen.append(runner.running_key)
+        return {}
+
+    for parts in ({}, {"seed": 1}):
+        stage = Stage("copy", parts, (), (), work)
+        assert runner.run(stage).key == seen[-1]
+    assert seen[0] != seen[1]
+
+
+def test_a_file_that_several_stages_read_is_hashed_once(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a large model would be read from disk once more for each stage that needs them."""
+    hashed: list[Path] = []
+
+    def counting(path: Path) -> str:
+        hashed.append(path)
+        return sha256_from_file(path)
+
+    monkeypatch.setattr("fptq_export.package.manifest.sha256_from_file", counting)
+    other = Stage("other", {}, (workshop.source,), (), dict)
+    assert workshop.run(workshop.copy(), other) == ["copy"]
+    assert hashed.count(workshop.source) == 1
+    workshop.source.write_text("changed")
+    workshop.run(other)
+    assert hashed.count(workshop.source) == 2

@@ -17,7 +17,7 @@ LEAVES = frozenset(
         *("packing", "policy", "progress", "roofline", "sites", "sources", "tensor_writer"),
     }
 )
-DRIVERS = frozenset({"__main__", "cli", "pipeline"})
+DRIVERS = frozenset({"__main__", "cli", "evaluate", "pipeline"})
 """May import everything; nothing but drivers may import them."""
 STAGES = frozenset({"build", "package", "plugin", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"

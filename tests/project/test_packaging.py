@@ -35,12 +35,14 @@ DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENS
 PACKAGES = {
     "calib",
     "calib/interchange",
+    "calib/rotation",
     "calib/text",
     "calib/weights",
     "fptq_export",
     "fptq_export/build",
     "fptq_export/cli",
     "fptq_export/cpu",
+    "fptq_export/evaluate",
     "fptq_export/package",
     "fptq_export/pipeline",
     "fptq_export/plugin",
@@ -55,7 +57,7 @@ SOURCES = "fptq_export/plugin/sources/"
 SUFFIXES = {".json", ".py", ".txt", ".typed"}
 """Kinds of files in our packages: counts of the time model, code, the built-in text, the typing marker."""
 
-OPTIONAL_IMPORTS = {"tensorrt", "tensorrt_rtx"}
+OPTIONAL_IMPORTS = {"datasets", "jinja2", "lm_eval", "tensorrt", "tensorrt_rtx"}
 """Imported only where an extra installs them."""
 
 

@@ -19,6 +19,8 @@ SECTIONS = ("Introduction", "Running the sample", "Files written")
 SECONDS_PER_SAMPLE = 300
 TRACED_BEFORE = ("03_weight_methods",)
 """Samples that find the traced model in their work folder, as in a second run. 02_ablation traces it."""
+QUANTIZED_BEFORE = ("04_evaluate",)
+"""Samples that find a finished run in `run/`, as in a second run. 01_quickstart makes one."""
 
 _SECTION = re.compile(r"^## +(.+?) *$", re.MULTILINE)
 _BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -83,6 +85,8 @@ def test_sample_runs_and_writes_what_it_promises(
     copy = Path(shutil.copytree(sample, tmp_path / sample.name))
     if sample.name in TRACED_BEFORE:
         seed_work_folder(copy / "work" / smollm2_gguf.name, request.getfixturevalue("smollm2_run"))
+    if sample.name in QUANTIZED_BEFORE:
+        shutil.copytree(request.getfixturevalue("smollm2_run"), copy / "run", copy_function=os.link)
     before = files_below(copy)
     environment = {
         **os.environ,

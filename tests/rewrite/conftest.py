@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fptq_export.policy import Policy, PolicyArrays
+from fptq_export.policy import Policy, PolicyArrays, Precision
 from fptq_export.progress import NoProgress
 from fptq_export.rewrite import RewritePaths, lower_for_tensorrt, rewrite
-from tests.support.models import model_once, tiny_gemma
-from tests.support.policies import measured_absmax, mixed_tiers, rtn_policy
-from tests.support.traced import Traced, traced_once
+from tests.support.policies import measured_absmax, mixed_precisions, mixed_tiers, rtn_policy
+from tests.support.traced import Traced
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,12 +42,6 @@ def ids() -> NDArray[np.int64]:
 
 
 @pytest.fixture(scope="session")
-def gemma_fp32(make_model_dir: ModelDirFactory) -> Traced:
-    """Norms that multiply by 1 + w, tied head; one layer."""
-    return traced_once(model_once(make_model_dir, tiny_gemma()), "fp32")
-
-
-@pytest.fixture(scope="session")
 def llama_rewritten(llama_fp32: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> Rewritten:
     """LLaMA in FP32; the head stays float."""
     return _rewritten(llama_fp32, ids, tmp_path_factory.mktemp("llama-fp32"), exclude=("lm_head",))
@@ -68,10 +61,32 @@ def opt_rewritten(opt_fp32: Traced, ids: NDArray[np.int64], tmp_path_factory: py
     return _rewritten(opt_fp32, ids, tmp_path_factory.mktemp("opt-fp32"), exclude=())
 
 
-def _rewritten(traced: Traced, ids: NDArray[np.int64], directory: Path, exclude: tuple[str, ...]) -> Rewritten:
+@pytest.fixture(scope="session")
+def llama_precisions(llama_fp32: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> Rewritten:
+    """LLaMA in FP32 with all precisions and tiers; linears that read one tensor differ in precision."""
+    directory = tmp_path_factory.mktemp("precisions-fp32")
+    return _rewritten(llama_fp32, ids, directory, exclude=(), precisions=mixed_precisions(llama_fp32.sites))
+
+
+@pytest.fixture(scope="session")
+def llama_precisions_fp16(
+    llama_fp16: Traced, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory
+) -> Rewritten:
+    """The same in FP16."""
+    directory = tmp_path_factory.mktemp("precisions-fp16")
+    return _rewritten(llama_fp16, ids, directory, exclude=(), precisions=mixed_precisions(llama_fp16.sites))
+
+
+def _rewritten(
+    traced: Traced,
+    ids: NDArray[np.int64],
+    directory: Path,
+    exclude: tuple[str, ...],
+    precisions: Mapping[str, Precision] | None = None,
+) -> Rewritten:
     absmax = measured_absmax(traced, ids)
     tiers = mixed_tiers(traced.sites, exclude)
-    policy, arrays = rtn_policy(traced, directory / "policy.json", tiers, absmax)
+    policy, arrays = rtn_policy(traced, directory / "policy.json", tiers, absmax, precisions=precisions)
     names = ("model.qdq.onnx", "model.w4a8.onnx", "model.lowered.onnx")
     qdq, w4a8, lowered = (directory / name for name in names)
     rewrite(RewritePaths(traced.model, qdq, w4a8), traced.sites, policy, arrays, NoProgress())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 from fptq_export.errors import UserError
 from fptq_export.graph_io import data_path
 from fptq_export.policy import PolicyArrays
-from fptq_export.progress import NoProgress
+from fptq_export.progress import NoProgress, Task
 from fptq_export.rewrite import RewritePaths, rewrite
 from tests.rewrite.conftest import Rewritten
 from tests.support.policies import float_weight
+from tests.support.process_memory import is_mapped
 from tests.support.traced import FP32_LOGITS, Traced, causal_feed, run
 
 FP32_REWRITTEN = ("llama_rewritten", "opt_rewritten")
@@ -178,3 +181,30 @@ def test_missing_array_leaves_no_graph(llama_rewritten: Rewritten, tmp_path: Pat
         )
     assert not list(out.glob("*.onnx"))
     assert not list(out.glob(".*"))
+
+
+def test_no_weight_stays_mapped_while_the_quantized_ones_are_written(
+    llama_rewritten: Rewritten, tmp_path: Path
+) -> None:
+    """Pages that stay resident add up: in the end to the whole policy, and to every weight that a fold reads."""
+    sources = (data_path(llama_rewritten.traced.model), llama_rewritten.arrays.path)
+    mapped: list[bool] = []
+
+    class Watch:
+        def advance(self, amount: float = 1.0) -> None:
+            raise AssertionError("the task is told what is done in all")
+
+        def update(self, completed: float, total: float | None = None) -> None:
+            mapped.append(any(is_mapped(source) for source in sources))
+
+    class Watching:
+        @contextmanager
+        def task(self, description: str, total: float | None, unit: str = "") -> Iterator[Task]:
+            yield Watch()
+
+    traced = llama_rewritten.traced
+    paths = RewritePaths(traced.model, tmp_path / "model.qdq.onnx", tmp_path / "model.w4a8.onnx")
+    rewrite(paths, traced.sites, llama_rewritten.policy, llama_rewritten.arrays, Watching())
+    assert mapped
+    assert not any(mapped)
+    assert not any(is_mapped(source) for source in sources)

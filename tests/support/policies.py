@@ -14,12 +14,26 @@ from numpy.typing import NDArray
 from fptq_export import numerics
 from fptq_export.graph_io import load_graph
 from fptq_export.packing import packed_from_int4
-from fptq_export.policy import Activation, LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, write_policy
+from fptq_export.policy import (
+    Activation,
+    LayerPolicy,
+    Policy,
+    PolicyArrays,
+    Precision,
+    Rule,
+    arrays_path,
+    write_policy,
+)
 from fptq_export.sites import Linear, Sites
 from tests.support.traced import Traced, causal_feed, run
 
-__all__ = ["float_weight", "measured_absmax", "mixed_tiers", "rtn_policy"]
+__all__ = ["float_weight", "measured_absmax", "mixed_precisions", "mixed_tiers", "rtn_policy"]
 
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "w8a8": {"precision": "w8a8", "group_size": None},
+    "w4a16": {"precision": "w4a16", "activation": None, "activation_scale": None},
+}
+"""What another precision changes in a `w4a8` entry."""
 TIERS: tuple[Activation, ...] = ("static", "lae_static", "per_token")
 
 
@@ -52,6 +66,13 @@ def mixed_tiers(sites: Sites, exclude: tuple[str, ...] = ("lm_head",)) -> dict[s
     return tiers
 
 
+def mixed_precisions(sites: Sites) -> dict[str, Precision]:
+    """All three in turn, so that q, k and v differ; the head, which writes an output of the graph, is `w8a8`."""
+    names: tuple[Precision, ...] = ("w8a8", "w4a8", "w4a16")
+    chosen = {linear.path: names[index % len(names)] for index, linear in enumerate(sites.linears)}
+    return chosen | {"lm_head": "w8a8"}
+
+
 def float_weight(model: ir.Model, linear: Linear) -> NDArray[np.float32]:
     """The weight of a linear as torch has it, float32 [out, in]."""
     tensor = model.graph.initializers[linear.weight].const_value
@@ -67,6 +88,7 @@ def rtn_policy(
     absmax: Mapping[str, NDArray[np.float32]],
     *,
     group_size: int = 32,
+    precisions: Mapping[str, Precision] | None = None,
 ) -> tuple[Policy, PolicyArrays]:
     """Write a policy with round-to-nearest weights for the linears in `tiers`; the others stay float.
 
@@ -76,6 +98,7 @@ def rtn_policy(
         tiers: Torch path -> tier.
         absmax: Torch path -> largest magnitude of each input channel, float32 [in].
         group_size: Wanted group size.
+        precisions: Torch path -> precision of linears in `tiers` that are not `w4a8`.
     """
     sites = traced.sites
     equalized = {sites.linear(name).site for name, tier in tiers.items() if tier == "lae_static"}
@@ -88,13 +111,20 @@ def rtn_policy(
     arrays: dict[str, NDArray[Any]] = {f"{site}.equalization": scale for site, scale in scales.items()}
     layers = {}
     for linear in sites.linears:
-        layers[linear.path] = _layer(linear, tiers.get(linear.path), absmax[linear.path], group_size)
-        if linear.path in tiers:
-            weight = _equalized(float_weight(model, linear), linear, sites, scales)
-            step = numerics.weight_scale_rtn(weight, group_size)
-            codes = numerics.quantize_weight_rtn(weight, step, group_size)
-            arrays[f"{linear.path}.weight_codes"] = packed_from_int4(codes.astype(np.int8))
-            arrays[f"{linear.path}.weight_scales"] = step
+        layer = _layer(linear, tiers.get(linear.path), absmax[linear.path], group_size)
+        precision = (precisions or {}).get(linear.path, layer.precision)
+        layers[linear.path] = layer.model_copy(update=_CHANGES.get(precision, {}))
+        if linear.path not in tiers:
+            continue
+        weight = _equalized(float_weight(model, linear), linear, sites, scales)
+        codes_name, scales_name = f"{linear.path}.weight_codes", f"{linear.path}.weight_scales"
+        if precision == "w8a8":
+            arrays[scales_name] = numerics.weight_scale_int8(weight)
+            arrays[codes_name] = numerics.quantize_weight_int8(weight, arrays[scales_name]).astype(np.int8)
+            continue
+        step = arrays[scales_name] = numerics.weight_scale_rtn(weight, group_size)
+        codes = numerics.quantize_weight_rtn(weight, step, group_size)
+        arrays[codes_name] = packed_from_int4(codes.astype(np.int8))
     policy = Policy(model="test", rule=Rule(), layers=layers)
     write_policy(policy, arrays, path)
     return policy, PolicyArrays(arrays_path(path))

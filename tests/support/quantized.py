@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = ["AWQ_ORDER", "QuantizedCheckpoint", "random_codes", "write_quantized"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs each nibble of an AWQ word holds, from the lowest bits."""
 
+_LINEAR_WEIGHT = re.compile(r"\.(layers|h)\..*(_proj|c_attn|c_fc)\.weight$")
 Tensors = dict[str, NDArray[Any]]
 Codes = NDArray[np.int8]
 Scales = NDArray[np.float16]
@@ -52,7 +54,7 @@ class QuantizedCheckpoint:
 
 
 def write_quantized(source: Path, directory: Path, layout: str, group_size: int = 32) -> QuantizedCheckpoint:
-    """Replace every weight of a decoder layer by random codes and scales.
+    """Replace every weight of a decoder layer by random codes and scales; of a GPT-2, which stores [in, out], too.
 
     Args:
         source: Float checkpoint.
@@ -64,9 +66,10 @@ def write_quantized(source: Path, directory: Path, layout: str, group_size: int 
     tensors = load_file(directory / "model.safetensors")
     random = np.random.default_rng(7)
     codes, scales = {}, {}
-    for name in [name for name in tensors if ".layers." in name and name.endswith("_proj.weight")]:
+    for name in [name for name in tensors if _LINEAR_WEIGHT.search(name)]:
         path = name.removesuffix(".weight")
-        out_features, in_features = tensors.pop(name).shape
+        stored = tensors.pop(name).shape
+        out_features, in_features = reversed(stored) if ".h." in name else stored
         groups = 1 if group_size == -1 else in_features // group_size
         codes[path] = random_codes(random, out_features, in_features)
         scales[path] = random.uniform(0.01, 0.1, (out_features, groups)).astype(np.float16)

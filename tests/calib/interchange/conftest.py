@@ -48,11 +48,11 @@ ReadBack = Callable[[Path], Checkpoint]
 
 
 @pytest.fixture
-def decide(llama_fp32: Traced, opt_fp32: Traced, tmp_path: Path) -> Decide:
-    """Give a function that makes a round-to-nearest policy for `llama` or `opt`."""
+def decide(request: pytest.FixtureRequest, tmp_path: Path) -> Decide:
+    """Give a function that makes a round-to-nearest policy for `llama`, `opt` or `gemma`."""
 
     def run(family: str, tiers: Tiers) -> Decided:
-        traced = llama_fp32 if family == "llama" else opt_fp32
+        traced: Traced = request.getfixturevalue(f"{family}_fp32")
         chosen = mixed_tiers(traced.sites)
         if tiers != "mixed":
             linears = [traced.sites.linear(path) for path in chosen]

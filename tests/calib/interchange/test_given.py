@@ -178,3 +178,24 @@ def test_unknown_layer_has_no_codes(gptq: Checkpoint) -> None:
     assert gptq.given is not None
     with pytest.raises(UserError, match="layer lm_head: the gptq checkpoint holds no INT4 codes"):
         gptq.given.read("lm_head")
+
+
+def test_float_inputs_keep_the_given_codes(gptq: Checkpoint, sites: Sites, stats: Stats) -> None:
+    """A w4a16 layer of a quantized model has the codes that came with it, whatever its input's range is."""
+    usual, codes = decide_policy(sites, stats, gptq, PolicyOptions(), NoProgress())
+    policy, arrays = decide_policy(sites, stats, gptq, PolicyOptions(precision=("down_proj=w4a16",)), NoProgress())
+    layer = policy.layers[DOWN]
+    assert (layer.precision, layer.activation, layer.weight_method) == ("w4a16", None, "given")
+    assert policy.layers[GATE] == usual.layers[GATE]
+    name = f"{DOWN}.weight_codes"
+    assert np.array_equal(arrays.read_all()[name], codes.read_all()[name])
+
+
+@pytest.mark.parametrize("precision", ["down_proj=w8a8", "lm_head=w4a16"])
+def test_precisions_that_given_codes_cannot_have_are_refused(
+    gptq: Checkpoint, sites: Sites, stats: Stats, precision: str
+) -> None:
+    """INT8 codes of dequantized INT4 ones hold no more, and a float layer of the checkpoint has no codes."""
+    options = PolicyOptions(precision=(precision,))
+    with pytest.raises(UserError, match="the model came quantized"):
+        decide_policy(sites, stats, gptq, options, NoProgress())

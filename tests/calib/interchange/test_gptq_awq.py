@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,14 @@ import torch
 from hypothesis import given as given_by
 from hypothesis import settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
+from calib.interchange import columns, convert
 from calib.interchange.source import nibbles_from_int32
-from calib.load import model_from_checkpoint
+from calib.load import Checkpoint, model_from_checkpoint, read_tensor
 from fptq_export.packing import int4_from_packed
 from tests.calib.interchange.conftest import ReadBack, logits
-from tests.support.quantized import QuantizedCheckpoint
+from tests.support.quantized import QuantizedCheckpoint, write_quantized
 
 Quantized = Callable[..., QuantizedCheckpoint]
 
@@ -48,6 +52,34 @@ def test_float_model_is_codes_times_scales(quantized: Quantized, read_back: Read
         scales = np.repeat(checkpoint.scales[path].astype(np.float64), 32, axis=1)
         assert np.array_equal(model.get_parameter(f"{path}.weight").detach().numpy(), codes * scales)
     assert np.isfinite(logits(model)).all()
+
+
+def test_conv1d_gets_its_float_weight_as_it_stores_it(gpt2: Checkpoint, read_back: ReadBack, tmp_path: Path) -> None:
+    """GPT-2 stores [in, out]: a square weight written as [out, in] would be another model without an error."""
+    checkpoint = write_quantized(gpt2.directory, tmp_path / "gptq", "gptq")
+    model = model_from_checkpoint(read_back(checkpoint.directory), torch.float32)
+    assert len(checkpoint.codes) == 4
+    for path, codes in checkpoint.codes.items():
+        weight = codes * np.repeat(checkpoint.scales[path].astype(np.float64), 32, axis=1)
+        assert np.array_equal(model.get_parameter(f"{path}.weight").detach().numpy(), weight.T)
+
+
+def test_every_stored_tensor_is_read_once(
+    quantized: Quantized, read_back: ReadBack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes, scales and the float weight come from one reading: unpacking is what a conversion spends its time on."""
+    names: Counter[str] = Counter()
+
+    def counted(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        names[name] += 1
+        return read_tensor(checkpoint, name)
+
+    for module in (columns, convert):
+        monkeypatch.setattr(module, "read_tensor", counted)
+    checkpoint = quantized("gptq")
+    read_back(checkpoint.directory)
+    assert set(names) == set(load_file(checkpoint.directory / "model.safetensors"))
+    assert set(names.values()) == {1}
 
 
 def test_symmetric_checkpoint_without_zero_points_is_read(quantized: Quantized, read_back: ReadBack) -> None:

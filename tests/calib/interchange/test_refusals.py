@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from calib.load import checkpoint_from_directory
+from calib.load import Checkpoint, checkpoint_from_directory
 from fptq_export.errors import UserError
+from fptq_export.policy import LayerPolicy, Policy, PolicyArrays, Rule, arrays_path, write_policy
+from fptq_export.sites import Sites
 from tests.calib.interchange.conftest import Decide, Decided, ReadBack
 from tests.support.quantized import QuantizedCheckpoint
 
@@ -238,10 +240,20 @@ def test_policy_that_the_format_cannot_hold_is_refused(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_bf16_is_refused(decide: Decide, tmp_path: Path) -> None:
-    """BF16 would round the group scales, so that the codes are no longer those of the policy."""
-    with pytest.raises(UserError, match="would round"):
-        decide("llama", "static").write(tmp_path / "out", dtype="bf16")
+def test_conv1d_is_refused(gpt2: Checkpoint, tmp_path: Path) -> None:
+    """GPT-2 stores [in, out]: loaders of the format would take the codes for [out, in], of a square weight unseen."""
+    path = "transformer.h.0.attn.c_proj"
+    layer = LayerPolicy(
+        precision="w4a8", activation="per_token", reason="test", in_features=64, out_features=64, group_size=32
+    )
+    policy = Policy(model="gpt2", rule=Rule(), layers={path: layer})
+    write_policy(policy, {}, tmp_path / "policy.json")
+    arrays = PolicyArrays(arrays_path(tmp_path / "policy.json"))
+    decided = Decided(gpt2, Sites(linears=(), fold_sites=()), policy, arrays, {})
+    with pytest.raises(UserError, match=r"torch\.nn\.Linear only") as caught:
+        decided.write(tmp_path / "out")
+    assert caught.value.where == f"layer {path}"
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_value_beyond_float16_is_refused(decide: Decide, tmp_path: Path) -> None:

@@ -66,11 +66,14 @@ def test_policy_of_the_written_checkpoint_runs_the_same(
         assert np.array_equal(arrays[f"{path}.weight_codes"], decided.arrays.read(f"{path}.weight_codes"))
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
 def test_equalization_is_folded_into_the_float_tensors(
     decide: Decide, read_back: ReadBack, tmp_path: Path, family: str
 ) -> None:
-    """With float activations the written model computes what the equalized policy computes: norms, rows and biases."""
+    """With float activations the written model computes what the equalized policy computes: norms, rows and biases.
+
+    Gemma's norms multiply by 1 + w.
+    """
     decided = decide(family, "equalized")
     expected = model_from_checkpoint(decided.checkpoint, torch.float32)
     apply_policy(expected, decided.policy, stored_arrays(decided), decided.sites, quantize_activations=False)

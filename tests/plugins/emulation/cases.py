@@ -27,9 +27,12 @@ SCHEMES = (
 )
 
 
-def folds_fit(tile: Shape, scheme: int, group_size: int) -> bool:
-    """As tile_fits_registers of gemm_tiles.h."""
-    return scheme != GROUP or tile[2] * tile[3] <= (1024 if group_size == 16 else 2048)
+def is_offered(tile: Shape, scheme: int, group_size: int) -> bool:
+    """As tile_is_offered of gemm_tiles.h."""
+    _, _, warp_m, warp_n, _ = tile
+    if scheme == GROUP:
+        return warp_m * warp_n <= (1024 if group_size == 16 else 2048)
+    return scheme != TWO_LEVEL or group_size > 16 or warp_m < 64 or warp_n >= 64
 
 
 def generator(*key: int) -> np.random.Generator:

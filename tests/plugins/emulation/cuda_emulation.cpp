@@ -268,7 +268,7 @@ void record_load(size_t offset, size_t bytes, const Site& site) {
   slot.offsets[static_cast<size_t>(b.current % kWarp)] = offset;
 }
 
-void load_matrices(Rendezvous& meet) {
+void load_matrices(Rendezvous& meet, bool transposed) {
   State& s = state();
   ++s.counters.matrix_loads;
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -278,8 +278,12 @@ void load_matrices(Rendezvous& meet) {
     }
     s.counters.bank_conflicts_ldmatrix += conflicts_of(offsets, 16);
     for (int lane = 0; lane < kWarp; ++lane) {
-      std::memcpy(static_cast<uint32_t*>(meet.out[lane]) + matrix,
-                  s.block.shared + offsets[lane / 4] + lane % 4 * 4, 4);
+      auto* target = reinterpret_cast<unsigned char*>(static_cast<uint32_t*>(meet.out[lane]) + matrix);
+      for (int i = 0; i < 2; ++i) {
+        const int row = transposed ? lane % 4 * 2 + i : lane / 4;
+        const int column = transposed ? lane / 4 : lane % 4 * 2 + i;
+        std::memcpy(target + i * 2, s.block.shared + offsets[row] + column * 2, 2);
+      }
     }
   }
 }
@@ -328,7 +332,7 @@ void shuffle_values(Rendezvous& meet) {
   }
 }
 
-enum Operation { kMatrixLoad = 1, kMatrixMultiply = 2, kShuffle = 3 };
+enum Operation { kMatrixLoad = 1, kTransposedLoad, kMatrixMultiply, kShuffle };
 
 void meet_warp(int operation, const void* in, void* out, const Site& site) {
   Block& b = state().block;
@@ -349,7 +353,8 @@ void meet_warp(int operation, const void* in, void* out, const Site& site) {
     while (meet.generation == generation) yield_to_scheduler();
     return;
   }
-  if (operation == kMatrixLoad) load_matrices(meet);
+  if (operation == kMatrixLoad) load_matrices(meet, false);
+  if (operation == kTransposedLoad) load_matrices(meet, true);
   if (operation == kMatrixMultiply) multiply_matrices(meet);
   if (operation == kShuffle) shuffle_values(meet);
   meet.arrived = 0;
@@ -521,9 +526,9 @@ void async_wait(int pending) {
   finish_copies(state().block.threads[state().block.current], static_cast<size_t>(pending));
 }
 
-void matrix_load(uint32_t* fragment, const void* smem_row, const Site& site) {
+void matrix_load(uint32_t* fragment, const void* smem_row, bool transposed, const Site& site) {
   touch(shared_offset(smem_row, 16), 16, Access::kRead);
-  meet_warp(kMatrixLoad, smem_row, fragment, site);
+  meet_warp(transposed ? kTransposedLoad : kMatrixLoad, smem_row, fragment, site);
 }
 
 void matrix_multiply(Matrix kind, int* d, const uint32_t* a, const uint32_t* b, const int* c,

@@ -62,7 +62,7 @@ void check_global(const void* address, size_t bytes, Access access, bool constan
 void async_copy(void* smem, const void* gmem, bool valid);
 void async_commit();
 void async_wait(int pending);
-void matrix_load(uint32_t* fragment, const void* smem_row, const Site& site);
+void matrix_load(uint32_t* fragment, const void* smem_row, bool transposed, const Site& site);
 void matrix_multiply(Matrix kind, int* d, const uint32_t* a, const uint32_t* b, const int* c,
                      const Site& site);
 void trace(int row, int column, int group, int sum);
@@ -70,6 +70,7 @@ void trace(int row, int column, int group, int sum);
 }  // namespace emulation
 
 inline int thread_id() { return emulation::current_thread(); }
+inline int warp_id() { return emulation::current_thread() / 32; }
 inline int block_id_x() { return emulation::current_block_x(); }
 inline int block_id_y() { return emulation::current_block_y(); }
 inline unsigned char* dynamic_shared() { return emulation::shared_memory(); }
@@ -126,7 +127,11 @@ void cp_async_wait() {
 
 inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* smem_row,
                         const emulation::Site& site = emulation::Site::current()) {
-  emulation::matrix_load(fragment, smem_row, site);
+  emulation::matrix_load(fragment, smem_row, false, site);
+}
+inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* smem_row,
+                              const emulation::Site& site = emulation::Site::current()) {
+  emulation::matrix_load(fragment, smem_row, true, site);
 }
 inline void mma_s8_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4],
                       const emulation::Site& site = emulation::Site::current()) {
@@ -163,7 +168,14 @@ inline int dp4a_s8_u8(uint32_t a, uint32_t b, int c) {
   return checked_add(sum, c);
 }
 
-inline uint32_t replicate_byte_1(uint32_t word) { return (word >> 8 & 0xFFu) * 0x01010101u; }
+template <int kByte>
+uint32_t extract_byte(uint32_t word) {
+  return word >> (8 * kByte) & 0xFFu;
+}
+template <int kByte>
+uint32_t replicate_byte(uint32_t word) {
+  return extract_byte<kByte>(word) * 0x01010101u;
+}
 
 inline float fma_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float divide_rn(float a, float b) { return a / b; }

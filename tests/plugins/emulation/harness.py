@@ -20,7 +20,15 @@ from tests.plugins.emulation.weights import PER_CHANNEL, Weight, padded
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
-SOURCES = ("w4a8_gemm.cu", "w4a8_gemv.cu", "quantize_activation.cu", "w4a8_linear.cpp", "config.cpp", "status.cpp")
+SOURCES = (
+    "w4a8_gemm.cu",
+    "w4a8_gemv.cu",
+    "quantize_activation.cu",
+    "w4a8_linear.cpp",
+    "config.cpp",
+    "modelled_time.cpp",
+    "status.cpp",
+)
 COMPILE = (
     "g++",
     "-x",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 GEMM = "w4a8_gemm.cuh"
 GEMV = "w4a8_gemv.cuh"
+SHAPES = "gemm_shapes.cuh"
+REDUCE = "split_k_reduce.cuh"
+PAIRS = "scale_pairs.cuh"
 SCHEME = "scheme.cuh"
 ROW = "quantize_row.cuh"
 
@@ -28,17 +31,19 @@ MUTATIONS = (
     Mutation(
         "refills the stage being read",
         GEMM,
-        "fetch_tile(u + kNumStages - 1)",
-        "fetch_tile(u + kNumStages)",
+        "fetch_tile(u + kNumStages - 1, u)",
+        "fetch_tile(u + kNumStages, u)",
     ),
-    Mutation("pointers into A stay in the first round", GEMM, "gmem_a[i] += kNumStages * T::BLOCK_K", "(void)i"),
-    Mutation("pointers into B advance one tile short", GEMM, "+= kNumStages * FPTQ", "+= (kNumStages - 1) * FPTQ"),
+    Mutation("pointers into A stay in the first round", GEMM, "gmem_a[i] += tiles * T::BLOCK_K", "(void)i"),
+    Mutation("pointers into B advance one tile short", GEMM, "+= tiles * FPTQ", "+= (tiles - 1) * FPTQ"),
+    Mutation("a round is one tile too long", GEMM, "if (u >= left) break", "if (u > left) break"),
+    Mutation("pointers stay where the pipeline was filled from", GEMM, "advance(kNumStages - 1);", ""),
     Mutation("fetches one tile past the end at the start", GEMM, "if (t < num_tiles)", "if (t <= num_tiles)"),
     Mutation(
         "fetches one tile past the end in the loop",
         GEMM,
-        "if (tile + kNumStages - 1 < num",
-        "if (tile + kNumStages - 2 < num",
+        "if (u + kNumStages - 1 < left",
+        "if (u + kNumStages - 2 < left",
     ),
     Mutation("no barrier in block_reduce", ROW, "  sync_block();\n  value = lane", "  value = lane"),
     Mutation(
@@ -94,9 +99,17 @@ MUTATIONS = (
     Mutation(
         "two_level: one pair for two groups of 16",
         GEMM,
-        "load_shared<uint16_t>(pair + T::BLOCK_N * 2)",
-        "load_shared<uint16_t>(pair)",
+        "pairs.scale(group_row + 1, j)",
+        "pairs.scale(group_row, j)",
     ),
+    Mutation("two_level: pairs of the first group of the tile only", GEMM, "scale(group_row, j)", "scale(0, j)"),
+    Mutation("two_level: pairs loaded as they lie", PAIRS, "ldmatrix_x4_trans", "ldmatrix_x4"),
+    Mutation("two_level: pairs of the neighbouring fragment", PAIRS, "number % 2 == 0", "number % 2 == 1"),
+    Mutation("two_level: pairs of another register", PAIRS, "% kPairsPerLoad / 2]", "% kPairsPerLoad / 2 ^ 1]"),
+    Mutation("two_level: every warp reads the first channels", PAIRS, "+ first_channel", "+ 0 * first_channel"),
+    Mutation("two_level: the second load repeats the first", PAIRS, "smem_lane + i *", "smem_lane + 0 * i *"),
+    Mutation("two_level: factor for offset", SCHEME, "replicate_byte<2 * kHalf + 1>", "replicate_byte<2 * kHalf>"),
+    Mutation("two_level: pairs of the low half only", SCHEME, "extract_byte<2 * kHalf>", "extract_byte<0>"),
     Mutation("two_level: offset not taken out", SCHEME, "sum - kTwoLevelOffset * x.row_sum", "sum"),
     Mutation("magic float off by one", SCHEME, "12582912.0f", "12582913.0f"),
     Mutation("magic integer off by one", SCHEME, "kMagicBits = 0x4B400000", "kMagicBits = 0x4B400001"),
@@ -106,14 +119,14 @@ MUTATIONS = (
     Mutation("GEMV scales of one group for the whole tile", GEMV, "S::kGroupsPerTile + g;", "S::kGroupsPerTile;"),
     # split-K
     Mutation(
-        "partial sums added backwards", GEMM, "partial + split * stride", "partial + (p.split_k - 1 - split) * stride"
+        "partial sums added backwards", REDUCE, "partial + split * stride", "partial + (p.split_k - 1 - split) * stride"
     ),
-    Mutation("the first part added every time", GEMM, "partial + split * stride", "partial + 0 * split * stride"),
+    Mutation("the first part added every time", REDUCE, "partial + split * stride", "partial + 0 * split * stride"),
     Mutation("split-K ignores where its A starts", GEMM, " + first_tile * T::BLOCK_K", ""),
     Mutation("split-K ignores where its B starts", GEMM, "p.num_k_tiles + first_tile)", "p.num_k_tiles)"),
     Mutation(
         "split-K cuts a group in two",
-        GEMM,
+        SHAPES,
         "split / split_k * S::kTilesPerGroup",
         "split * S::kTilesPerGroup / split_k",
     ),
@@ -126,12 +139,12 @@ MUTATIONS = (
     # edges
     Mutation("reads rows past m", GEMM, "valid_a[i] = row < p.m", "valid_a[i] = true"),
     Mutation("reads channels past n", GEMM, "valid_b[i] = n_tile * FPTQ_TILE_N < p.padded_n", "valid_b[i] = true"),
-    Mutation("reads groups past k", GEMM, "|| s_group < p.num_groups", "|| s_group <= p.num_groups"),
-    Mutation("reads scales past n", GEMM, "valid_s = s_column < p.padded_n", "valid_s = true"),
+    Mutation("reads groups past k", GEMM, "offset < tiles_left_s", "offset <= tiles_left_s"),
+    Mutation("reads scales past n", GEMM, "(s_column < p.padded_n ? s_column : 0)", "s_column"),
     Mutation("stores one row too many", GEMM, "if (row >= p.m) continue", "if (row > p.m) continue"),
     Mutation("stores channels past n", GEMM, "if (column >= p.out.n) continue;", ""),
-    Mutation("split-K reduces channels past n", GEMM, "if (column >= p.out.n) return;", ""),
-    Mutation("short panels miscount their height", GEMM, "within / height", "within / kPanelM"),
+    Mutation("split-K reduces channels past n", REDUCE, "if (column >= p.out.n) return;", ""),
+    Mutation("short panels miscount their height", SHAPES, "within / height", "within / kPanelM"),
     Mutation("GEMV loads one tile past its last", GEMV, "i + kGemvDepth < my_tiles", "i + kGemvDepth <= my_tiles"),
     Mutation("GEMV stores channels past n", GEMV, " || column >= p.out.n", ""),
     # quantization and results

@@ -11,6 +11,7 @@ from tests.plugins.emulation import cases
 from tests.plugins.emulation.expected import check
 from tests.plugins.emulation.harness import (
     A100,
+    BAD_CONFIG,
     BAD_GROUP_SIZE,
     BAD_SHAPE,
     GEMM,
@@ -24,6 +25,7 @@ from tests.plugins.emulation.harness import (
     Desc,
     Device,
     Kernels,
+    gemm,
     gemv,
 )
 from tests.plugins.emulation.weights import GROUP, PER_CHANNEL, TWO_LEVEL, random_weight
@@ -130,6 +132,8 @@ def test_each_rejected_candidate_has_a_reason(kernels: Kernels) -> None:
         (desc_of(8, 4096, 4096), A100, "tile 64x128", "padding"),
         (desc_of(512, 4096, 4096), A100, "warp 64x64", "registers"),
         (desc_of(512, 4096, 4096, GROUP, 16), A100, "warp 64x32", "registers"),
+        (desc_of(512, 4096, 4096, TWO_LEVEL, 16), A100, "tile 64x128x64, warp 64x32", "hold up the tensor cores"),
+        (desc_of(512, 4096, 4096, TWO_LEVEL, 16), A100, "tile 128x128x64, warp 64x32", "hold up the tensor cores"),
         (desc_of(512, 4096, 4096), A100, "split-K 16", "full without splitting"),
         (desc_of(64, 192, 576), A100, "split-K 4", "too short to fill"),
         (desc_of(4, 4096, 28672), DEVICES["RTX 4090"], "gemv", "shared memory"),
@@ -148,6 +152,22 @@ def test_per_channel_prompts_use_the_large_warp_tile(kernels: Kernels) -> None:
     """Without FP32 sums the 64 x 64 warp tile fits the registers, and is offered."""
     configs = kernels.candidates(desc_of(4096, 4096, 4096, PER_CHANNEL))
     assert any((config.warp_m, config.warp_n) == (64, 64) for config in configs)
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_long_two_level_prompts_keep_a_large_tile(kernels: Kernels, group_size: int) -> None:
+    """Small groups leave a kernel with 64 rows a warp; groups of 16 the 64 x 64 one only."""
+    found = {(c.warp_m, c.warp_n) for c in kernels.candidates(desc_of(4096, 4096, 4096, TWO_LEVEL, group_size))}
+    assert {tile for tile in found if tile[0] == 64} == ({(64, 64)} if group_size == 16 else {(64, 32), (64, 64)})
+
+
+def test_a_tile_that_is_not_offered_does_not_run(kernels: Kernels) -> None:
+    """A configuration made by hand is refused by the boundary, before any launch."""
+    rng = cases.generator(31)
+    x, weight = cases.random_x(rng, 5, 128), random_weight(rng, 24, 128, TWO_LEVEL, 16)
+    for tile in TILES:
+        status = kernels.linear(x, weight, gemm(tile)).status
+        assert status == (OK if cases.is_offered(tile, TWO_LEVEL, 16) else BAD_CONFIG)
 
 
 @pytest.mark.parametrize(

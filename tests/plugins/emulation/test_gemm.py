@@ -13,7 +13,7 @@ from tests.plugins.emulation.expected import check
 from tests.plugins.emulation.harness import TILES, Kernels, Shape, gemm
 from tests.plugins.emulation.weights import GROUP, PER_CHANNEL, TWO_LEVEL, random_weight
 
-FITTING = [(t, s, g) for t in TILES for s, g in cases.SCHEMES if cases.folds_fit(t, s, g)]
+FITTING = [(t, s, g) for t in TILES for s, g in cases.SCHEMES if cases.is_offered(t, s, g)]
 
 
 @pytest.mark.parametrize("split_k", [1, 3])

@@ -22,6 +22,9 @@ DEFINES = (
 )
 USERS = {  # the files to compile again when a file changes
     "w4a8_gemm.cuh": ("w4a8_gemm.cu",),
+    "gemm_shapes.cuh": ("w4a8_gemm.cu",),
+    "scale_pairs.cuh": ("w4a8_gemm.cu",),
+    "split_k_reduce.cuh": ("w4a8_gemm.cu",),
     "w4a8_gemv.cuh": ("w4a8_gemv.cu",),
     "scheme.cuh": ("w4a8_gemm.cu", "w4a8_gemv.cu"),
     "quantize_row.cuh": ("quantize_activation.cu", "w4a8_gemv.cu"),

@@ -61,7 +61,7 @@ class GemmKernel:
 
     @property
     def registers(self) -> int:
-        """Most that the occupancy plan allows for: `registers_of` in plugins/src/config.cpp."""
+        """Most that the occupancy plan allows for: `registers_of` in plugins/src/modelled_time.cpp."""
         sums = self.warp_m * self.warp_n // 32
         folding = sums if self.folds else 0
         if self.folds and self.group_size < _TILE_K:

@@ -83,8 +83,9 @@ def test_every_kernel_is_seen(architecture: str) -> None:
     schemes = [(name.lower(), int(group)) for name, group in re.findall(r"FPTQ_SCHEME\(FPTQ_(\w+), (\d+)\)", text)]
     expected = {kernels.GemmKernel(a, b, c, d, e, *scheme) for a, b, c, d, e in tiles for scheme in schemes}
     too_large = {k for k in expected if k.folds and k.warp_m * k.warp_n > (1024 if k.group_size == 16 else 2048)}
+    too_slow = {k for k in expected if (k.scheme, k.group_size, k.warp_m, k.warp_n) == ("two_level", 16, 64, 32)}
     names = code_of("w4a8_gemm.cu", architecture)[0]
-    assert {kernels.gemm_from_name(name) for name in names} - {None} == expected - too_large
+    assert {kernels.gemm_from_name(name) for name in names} - {None} == expected - too_large - too_slow
     vectors = {kernels.GemvKernel(rows, scheme, group) for rows in range(1, 5) for scheme, group in schemes}
     assert {kernels.gemv_from_name(name) for name in code_of("w4a8_gemv.cu", architecture)[0]} - {None} == vectors
 
@@ -111,9 +112,16 @@ def test_flags_are_those_of_the_build() -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "group_size", "expected"),
-    [("per_channel", 0, 2.2), ("group", 128, 5.2), ("group", 64, 8.8), ("two_level", 128, 3.0), ("two_level", 64, 3.0)],
+    [("per_channel", 0, 2.2), ("group", 128, 5.2), ("group", 64, 8.8)]
+    + [("two_level", g, 3.0) for g in (128, 64, 32, 16)],
 )
 def test_budgets_of_large_tiles_are_those_promised(scheme: str, group_size: int, expected: float) -> None:
     """The derived budgets of small tiles never loosen those of the tiles for long prompts, whatever their width."""
     large = [kernels.GemmKernel(128, 128, 64, n, 4, scheme, group_size) for n in (32, 64)]
     assert [budget(kernel) for kernel in large] == [expected, expected]
+
+
+def test_a_large_tile_without_a_number_is_an_error() -> None:
+    """A new scheme of large tiles needs a promise first: no formula fits itself to what was measured."""
+    with pytest.raises(KeyError):
+        budget(kernels.GemmKernel(128, 128, 64, 32, 4, "group", 16))

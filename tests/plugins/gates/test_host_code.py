@@ -10,7 +10,7 @@ import pytest
 
 from tests.plugins.gates.compile import INCLUDE_DIR, SOURCE_DIR
 
-SOURCES = ("config.cpp", "w4a8_linear.cpp", "status.cpp", "tactics.cpp")
+SOURCES = ("config.cpp", "modelled_time.cpp", "w4a8_linear.cpp", "status.cpp", "tactics.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fno-exceptions", "-Wall", "-Wextra", "-Werror", f"-I{INCLUDE_DIR}", f"-I{SOURCE_DIR}")
 THROWING = ("operator new", "std::__throw", "__cxa_throw", "__cxa_allocate_exception")
 """Demangled symbols: allocation fails by throwing, and a library built without exceptions would end its host."""

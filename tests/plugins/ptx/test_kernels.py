@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.plugins.emulation.cases import SCHEMES, bias_of, folds_fit, generator, random_x
+from tests.plugins.emulation.cases import SCHEMES, bias_of, generator, is_offered, random_x
 from tests.plugins.emulation.expected import check_quantized
 from tests.plugins.emulation.harness import GEMV, TILES, Config, Kernels, gemm, gemv, quantize
 from tests.plugins.emulation.weights import GROUP, PER_CHANNEL, TWO_LEVEL, plain_weight, random_weight, two_level_weight
@@ -33,7 +33,7 @@ CONFIGS = (gemm(TILES[0], 2), gemm(TILES[2]), gemv(4))
 def test_every_gemm_kernel(emulated: Kernels, interpreted: Interpreted, scheme: int, group_size: int) -> None:
     """All tiles with and without split-K and its reduction, ragged in m, n and k."""
     for tile, split_k in itertools.product(TILES, (1, 3)):
-        if folds_fit(tile, scheme, group_size):
+        if is_offered(tile, scheme, group_size):
             assert_gemm_agrees(emulated, interpreted, tile, scheme, group_size, split_k)
 
 
@@ -53,7 +53,7 @@ def test_no_kernel_is_left_out(product: Compiled) -> None:
         rng = generator(0)
         k = 2 * max(group_size, 64)
         weight = random_weight(rng, 16, k, scheme, group_size)
-        tiles = [tile for tile in TILES if folds_fit(tile, scheme, group_size)]
+        tiles = [tile for tile in TILES if is_offered(tile, scheme, group_size)]
         for config in (*(gemm(tile, split) for tile in tiles for split in (1, 2)), *map(gemv, (1, 2, 3, 4))):
             m = config.block_m if config.kernel == GEMV else 1
             recorder.linear(random_x(rng, m, k), weight, config)

@@ -1,0 +1,149 @@
+"""The systems that can be evaluated: where their files are, and how each is opened."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.numpy import load_file
+from transformers import PreTrainedModel
+
+from calib.fake_quant import apply_policy
+from calib.load import Checkpoint, model_from_checkpoint
+from calib.session import TorchCausalSession
+from fptq_export.errors import UserError
+from fptq_export.evaluate.models import LogitsModel, SessionModel
+from fptq_export.evaluate.options import SYSTEMS, System
+from fptq_export.graph_io import data_path
+from fptq_export.package.manifest import FileRecord, Manifest, record_from_file
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.policy import arrays_path, read_policy
+from fptq_export.sites import read_sites
+from fptq_export.verify.sessions import OnnxCausalSession
+
+__all__ = ["RUNS", "Source", "chosen_systems", "opened_system"]
+
+RUNS: Mapping[System, str] = {
+    "float": "torch, FP32",
+    "fake-quant": "torch, FP32, with the policy's INT4 weights and INT8 activations (policy.json)",
+    "onnx": "ONNX Runtime on the CPU (model.w4a8.onnx)",
+}
+_MISSING_HINTS: Mapping[System, str] = {
+    "float": "",
+    "fake-quant": "fptq-export MODEL -o DIR writes them",
+    "onnx": "fptq-export rewrite DIR writes it",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and the run directory that quantized it where there is one."""
+
+    checkpoint: Checkpoint
+    vocab_size: int
+    """Rows of the embedding."""
+    directory: RunDirectory | None
+    manifest: Manifest | None
+
+    def files(self, system: System) -> tuple[Path, ...]:
+        """The files of the run directory that define a system."""
+        if self.directory is None:
+            return ()
+        run = self.directory
+        return {
+            "float": (),
+            "fake-quant": (run.policy, arrays_path(run.policy), run.sites),
+            "onnx": (run.w4a8, data_path(run.w4a8)),
+        }[system]
+
+    def problem(self, system: System) -> str | None:
+        """Why a system cannot be had from here, or None."""
+        if system == "float":
+            return None
+        if self.directory is None:
+            return "a model has one system only; give the run directory that quantized it"
+        missing = [path.name for path in self.files(system) if not path.is_file()]
+        if missing:
+            return f"{self.directory.path} has no {', '.join(missing)}; {_MISSING_HINTS[system]}"
+        return None
+
+    def hashes(self, system: System) -> dict[str, str]:
+        """SHA-256 of the files behind a system, with the model's own weights, by the name the manifest gives them.
+
+        Raises:
+            UserError: One is not what the run wrote or read: figures would be those of a mixture.
+        """
+        if self.directory is None or self.manifest is None:
+            return {}
+        stages, known = self.manifest.stages, _records(self.manifest)
+        if system == "onnx" and "rewrite" in stages:
+            _check_graph_is_of_these_files(self.directory.w4a8, stages["rewrite"].inputs, known)
+        weights = stages["trace"].inputs if system != "onnx" and "trace" in stages else ()
+        names = sorted({path.name for path in self.files(system)} | {file.path for file in weights})
+        return {name: _checked_hash(known.get(name), name, self.directory.path) for name in names}
+
+
+def _records(manifest: Manifest) -> dict[str, FileRecord]:
+    """What the stages read, then what they wrote: an output's record is the newer one."""
+    stages = manifest.stages.values()
+    read = {file.path: file for stage in stages for file in stage.inputs}
+    return read | {file.path: file for stage in stages for file in stage.outputs}
+
+
+def _check_graph_is_of_these_files(graph: Path, inputs: Sequence[FileRecord], known: Mapping[str, FileRecord]) -> None:
+    for file in inputs:
+        if known[file.path].sha256 != file.sha256:
+            cause = f"was made from an earlier {file.path} than the one beside it"
+            raise UserError(str(graph), cause, "fptq-export rewrite DIR makes it anew")
+
+
+def _checked_hash(record: FileRecord | None, name: str, directory: Path) -> str:
+    path = directory / name
+    if record is None:
+        raise UserError(str(path), "manifest.json does not know it", "run fptq-export MODEL -o there again")
+    if not path.is_file():
+        raise UserError(str(path), "was there when the run was made, and is missing", "restore it, or run again")
+    if record_from_file(path, directory, record).sha256 != record.sha256:
+        cause = "was changed since the run was made, and the run's other files belong to what it was"
+        raise UserError(str(path), cause, "run fptq-export again; an edited policy goes in with --policy")
+    return record.sha256
+
+
+def chosen_systems(source: Source, wanted: tuple[System, ...] | None) -> tuple[tuple[System, ...], dict[System, str]]:
+    """The systems to run, in order, and for those that nobody asked for and that cannot be had, why.
+
+    Raises:
+        UserError: One that was asked for cannot be had.
+    """
+    problems = {system: problem for system in SYSTEMS if (problem := source.problem(system)) is not None}
+    if wanted is None:
+        return tuple(system for system in SYSTEMS if system not in problems), problems
+    for system in wanted:
+        if system in problems:
+            raise UserError(f"--systems {system}", problems[system], "or leave it out")
+    return tuple(system for system in SYSTEMS if system in wanted), {}
+
+
+@contextmanager
+def opened_system(source: Source, system: System) -> Iterator[LogitsModel]:
+    """Load one system; its memory is free again after the block, if nobody keeps the model."""
+    try:
+        if system == "onnx":
+            (graph, _) = source.files(system)
+            yield SessionModel(OnnxCausalSession(graph, threads=None, name=system), source.vocab_size)
+        else:
+            yield SessionModel(TorchCausalSession(_torch_model(source, system), system), source.vocab_size)
+    finally:
+        gc.collect()
+
+
+def _torch_model(source: Source, system: System) -> PreTrainedModel:
+    model = model_from_checkpoint(source.checkpoint, torch.float32)
+    if system == "fake-quant":
+        policy, arrays, sites = source.files(system)
+        apply_policy(model, read_policy(policy), load_file(arrays), read_sites(sites))
+    return model
