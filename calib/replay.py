@@ -19,7 +19,7 @@ from calib.hessians import HESSIANS_FILE, Hessians
 from calib.linears import LinearWeights
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
-from calib.rule import RULE_REASON_START, tier_from_absmax
+from calib.rule import AUTO_REASON_START, RULE_REASON_START, tier_from_absmax
 from calib.site_scales import rms_from_hessian, scales_of_policy
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.policy import (
@@ -158,10 +158,12 @@ def _completed(
         activation, rule_reason = tier_from_absmax(measured, rule, linear)
     if layer.activation != activation and layer.reason.startswith((RULE_REASON_START, rule_reason)):
         update["reason"] = f"{_BY_HAND} to {layer.activation or layer.precision}; by the rule: {rule_reason}"
+    if layer.reason.startswith(AUTO_REASON_START) and not layer.reason.startswith(f"{AUTO_REASON_START}{layer.runs}:"):
+        update["reason"] = f"{_BY_HAND} to {layer.runs}; {layer.reason}"
     return layer.model_copy(update=update)
 
 
 def _float_layer(layer: LayerPolicy) -> LayerPolicy:
-    if not layer.reason.startswith(RULE_REASON_START):
+    if not layer.reason.startswith((RULE_REASON_START, AUTO_REASON_START)):
         return layer
     return layer.model_copy(update={"reason": f"{_BY_HAND}: keeps the float precision"})

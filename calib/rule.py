@@ -5,10 +5,12 @@ from __future__ import annotations
 from fptq_export.policy import Activation, LayerPolicy, Rule
 from fptq_export.sites import Linear
 
-__all__ = ["RULE_REASON_START", "float_layer", "tier_from_absmax"]
+__all__ = ["AUTO_REASON_START", "RULE_REASON_START", "float_layer", "tier_from_absmax"]
 
 RULE_REASON_START = "max|x|"
 """Every reason that the rule gives starts with this, so a replay can tell it from a person's words."""
+AUTO_REASON_START = "auto chose "
+"""The same for `--policy auto`; what the layer runs (`LayerPolicy.runs`) and a colon follow."""
 
 
 def tier_from_absmax(absmax: float, rule: Rule, linear: Linear) -> tuple[Activation, str]:

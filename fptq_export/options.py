@@ -31,7 +31,14 @@ class RunOptions(BaseModel):
     rotate: bool = False
     """Rotate the residual stream by a Hadamard matrix, fused into the weights, before anything else."""
     policy: str = "paper"
-    """`paper`, or a policy.json to replay."""
+    """`paper`, `auto`, or a policy.json to replay."""
+    effective_bits: float | None = Field(default=None, gt=0.0, le=16.0)
+    """Bits a weight, scales included, that `auto` may use on average; None: as many as `paper`, unless
+    `max_ppl_increase` is given."""
+    max_dynamic_layers: NonNegativeInt | None = None
+    """Linears that `auto` may quantize token by token."""
+    cost_table: Path | None = None
+    """Measured decode times for `auto`; None models them."""
     v0: float = Field(default=15.0, ge=0.0, allow_inf_nan=False)
     v1: float = Field(default=150.0, ge=0.0, allow_inf_nan=False)
     equalizer: Literal["paper", "none", "lae", "smoothquant", "awq", "search"] = "paper"

@@ -36,6 +36,7 @@ __all__ = [
     "POLICY_SCHEMA_VERSION",
     "Activation",
     "ArrayStream",
+    "CandidateFigures",
     "EqualizationMethod",
     "Equalizer",
     "LayerPolicy",
@@ -43,6 +44,7 @@ __all__ = [
     "PolicyArrays",
     "Precision",
     "SiteEqualization",
+    "WeightMethod",
     "arrays_path",
     "group_size_for",
     "policy_json_schema",
@@ -65,6 +67,21 @@ Equalizer = Literal["paper", "none", "lae", "smoothquant", "awq", "search"]
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CandidateFigures(_Model):
+    """What `--policy auto` found out about one way to run a linear."""
+
+    precision: Precision
+    activation: Activation | None
+    group_size: PositiveInt | None
+    sqnr_db: float | None
+    """Output power over error power on real inputs, in dB; null where the output is exact."""
+    predicted_kl: float = Field(ge=0.0)
+    """KL divergence of the model's prediction in nats a token, with this linear alone quantized."""
+    bits_per_weight: float
+    decode_us: float
+    """Modelled or measured microseconds for one token."""
 
 
 class LayerPolicy(_Model):
@@ -94,6 +111,14 @@ class LayerPolicy(_Model):
     """Group scales may be negative, so that all 16 levels are used. Only the plugin runs such layers."""
     site: str | None = None
     """Fold site of the input, from `sites.json`."""
+    candidates: tuple[CandidateFigures, ...] = ()
+    """What `auto` chose from; empty for the paper's rule."""
+
+    @property
+    def runs(self) -> str:
+        """What the layer runs, in a few words: `w4a8 per_token g64`."""
+        group = None if self.group_size is None else f"g{self.group_size}"
+        return " ".join(word for word in (self.precision, self.activation, group) if word)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -153,7 +178,7 @@ _EQUALIZATION_PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = {
 class Rule(_Model):
     """The rule that chose the tiers, with its thresholds."""
 
-    name: Literal["paper"] = "paper"
+    name: Literal["paper", "auto"] = "paper"
     equalizer: Equalizer = "paper"
     """`paper` equalizes (LAE) between v0 and v1; `none` and the others take the decision away from the thresholds."""
     v0: float = Field(default=15.0, ge=0.0)

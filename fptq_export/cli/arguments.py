@@ -38,6 +38,7 @@ examples:
   fptq-export MODEL -o run/ --precision 'down_proj$=w8a8' 'layers\\.0\\.=w4a16'
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
+  fptq-export MODEL -o run/ --policy auto --effective-bits 5               choose per layer under a budget
   fptq-export eval run/ --tasks piqa,arc_easy                              what quantization costs
   torchrun --nproc-per-node 4 -m fptq_export MODEL -o run/                 calibrate in four processes
   fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
@@ -147,8 +148,15 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
 def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy")
     group.add_argument(
-        "--policy", metavar="RULE|FILE", help="paper, or a policy.json to replay without calibration [paper]"
+        "--policy",
+        metavar="RULE|FILE",
+        help="paper, auto (choose for every layer), or a policy.json to replay without calibration [paper]",
     )
+    group.add_argument(
+        "--effective-bits", type=float, metavar="B", help="auto: bits a weight on average [as many as paper]"
+    )
+    group.add_argument("--max-dynamic-layers", type=int, metavar="N", help="auto: per-token layers at most [no limit]")
+    group.add_argument("--cost-table", metavar="FILE", help="auto: JSON of measured decode times [modelled]")
     group.add_argument(
         "--v0", type=float, metavar="X", help="inputs up to this magnitude stay as they are, static [15]"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from calib.auto import AutoOptions, Measured, can_plot, decide_auto, plot_report, write_auto_report
 from calib.batches import CalibrationOptions, TokenBatches, token_batches
 from calib.choose_equalization import EqualizerOptions
 from calib.decide import PolicyOptions, decide_policy
@@ -33,10 +35,10 @@ from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
 __all__ = [
-    "POLICY_OPTIONS",
     "Job",
     "calibrate",
     "decide",
+    "decide_by_budget",
     "measure",
     "measured_parts",
     "needs_hessians",
@@ -62,13 +64,6 @@ class Job(BaseModel):
     """Windows, and tokens in a window."""
     description: str
     sha256: str
-
-
-POLICY_OPTIONS = (
-    *("v0", "v1", "equalizer", "smoothquant_alpha", "group_size", "weight_method", "signed_scales"),
-    *("exclude", "precision", "range_calibrator", "percentile"),
-)
-"""What the policy stage depends on, beside its inputs."""
 
 
 def calibrate(
@@ -227,7 +222,40 @@ def decide(
     progress: Progress,
 ) -> dict[str, Any]:
     """Choose what every linear runs, quantize its weight, and write both halves of the policy."""
-    rule = PolicyOptions(
+    rule = _policy_options(options)
+    policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
+    write_policy(policy, arrays, policy_path)
+    return summary_from_policy(policy)
+
+
+def decide_by_budget(
+    checkpoint: Checkpoint,
+    sites: Sites,
+    options: RunOptions,
+    directory: RunDirectory,
+    hessians_path: Path | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Choose under the budget of `--policy auto`; writes the policy and `auto.json`."""
+    limit = options.max_ppl_increase
+    auto = AutoOptions(
+        effective_bits=options.effective_bits,
+        max_kl=None if limit is None else math.log1p(limit),
+        max_dynamic_layers=options.max_dynamic_layers,
+        cost_table=options.cost_table,
+    )
+    measured = Measured(sites, read_stats(directory.stats), checkpoint, hessians_path)
+    tokens = _batches(checkpoint, options).tokens
+    decision = decide_auto(measured, _policy_options(options), auto, tokens, progress)
+    write_policy(decision.policy, decision.arrays, directory.policy)
+    write_auto_report(decision.report, directory.auto)
+    if can_plot():
+        plot_report(decision.report, directory.pareto)
+    return {**summary_from_policy(decision.policy), "auto": decision.report.model_dump(mode="json", exclude={"pareto"})}
+
+
+def _policy_options(options: RunOptions) -> PolicyOptions:
+    return PolicyOptions(
         v0=options.v0,
         v1=options.v1,
         group_size=options.group_size,
@@ -239,9 +267,6 @@ def decide(
         range_calibrator=options.range_calibrator,
         percentile=options.percentile,
     )
-    policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
-    write_policy(policy, arrays, policy_path)
-    return summary_from_policy(policy)
 
 
 def replay(source: Path, checkpoint: Checkpoint, sites: Sites, policy_path: Path, progress: Progress) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fptq_export.options import RunOptions
 from fptq_export.pipeline.checkpoint import check_checkpoint_options
 from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.policy import read_policy
+from fptq_export.roofline.measured import read_cost_table
 
 __all__ = ["check_options", "replays"]
 
@@ -22,7 +23,7 @@ _PAPER_ALPHA = RunOptions.model_fields["smoothquant_alpha"].default
 
 def replays(options: RunOptions) -> bool:
     """Whether a policy file is replayed, so that nothing is calibrated."""
-    return options.policy != "paper"
+    return options.policy not in ("paper", "auto")
 
 
 def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], ranks: Ranks = ALONE) -> None:
@@ -53,6 +54,7 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], 
     _check_precision(options)
     if replays(options):
         _check_replayed_policy(options)
+    _check_auto(options)
     _check_execution(options, ranks, calibrates="calibrate" in stages and not replays(options))
     if stages == ("interchange",) and options.checkpoint is None:
         raise UserError("--checkpoint", "is missing", "say where the checkpoint goes: --checkpoint out/")
@@ -90,10 +92,23 @@ def _check_precision(options: RunOptions) -> None:
 def _check_replayed_policy(options: RunOptions) -> None:
     path = Path(options.policy)
     if not path.is_file():
-        raise UserError(f"--policy {options.policy}", "no such file", "give a policy.json, or paper")
+        raise UserError(f"--policy {options.policy}", "no such file", "give a policy.json, paper or auto")
     policy = read_policy(path)
     if options.engine is not None:
         check_signed_scales(policy, options)
+
+
+def _check_auto(options: RunOptions) -> None:
+    if options.policy == "auto":
+        if options.cost_table is not None:
+            read_cost_table(options.cost_table)
+        return
+    for name in ("effective_bits", "max_dynamic_layers", "cost_table"):
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                option, f"means nothing with --policy {options.policy}", "add --policy auto, or leave it out"
+            )
 
 
 def _check_build(options: RunOptions, target: Target, *, only_verb: bool) -> None:

@@ -25,6 +25,7 @@ from fptq_export.pipeline.check_options import check_options, replays
 from fptq_export.pipeline.environment import environment, library_versions
 from fptq_export.pipeline.models import RunModels, rotated_files, weight_files
 from fptq_export.pipeline.plugin import plugin_libraries
+from fptq_export.pipeline.policy_stage import PolicyInputs, policy_stage
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
@@ -133,8 +134,7 @@ class _Road:
         outputs: tuple[Path, ...],
         run: Callable[[], Mapping[str, Any] | None],
     ) -> None:
-        edited = (self._dir.policy, "--policy") if name == "policy" and not self._replays else None
-        self._runner.run(Stage(name, parts, inputs, outputs, lambda: run() or {}, edited))
+        self._runner.run(Stage(name, parts, inputs, outputs, lambda: run() or {}))
 
     def _option_parts(self, *names: str) -> dict[str, Any]:
         return self._options.model_dump(mode="json", include=set(names))
@@ -215,36 +215,14 @@ class _Road:
         return (self._dir.hessians,) if wanted else ()
 
     def _policy(self) -> None:
-        from fptq_export.pipeline.calibration import POLICY_OPTIONS, decide, replay
-
-        outputs = (self._dir.policy, arrays_path(self._dir.policy))
-        if self._replays:
-            source = Path(self._options.policy)
-            beside = source.with_name(self._dir.hessians.name)
-            hessians = (beside,) if beside.is_file() else ()
-            self._stage(
-                "policy",
-                {},
-                (source, arrays_path(source), *hessians, self._dir.sites, *self._weight_files),
-                outputs,
-                lambda: replay(source, self._checkpoint, self._sites, self._dir.policy, self._progress),
-            )
-            return
-        self._stage(
-            "policy",
-            self._option_parts(*POLICY_OPTIONS),
-            (self._dir.stats, *self._hessian_files, self._dir.sites, *self._weight_files),
-            outputs,
-            lambda: decide(
-                self._checkpoint,
-                self._sites,
-                self._options,
-                self._dir.stats,
-                next(iter(self._hessian_files), None),
-                self._dir.policy,
-                self._progress,
-            ),
+        inputs = PolicyInputs(
+            weights=self._weight_files,
+            tokenizer=self._tokenizer_files,
+            hessians=() if self._replays else self._hessian_files,
+            checkpoint=lambda: self._checkpoint,
+            sites=lambda: self._sites,
         )
+        self._runner.run(policy_stage(self._options, self._dir, inputs, self._progress))
 
     def _rewrite(self) -> None:
         from fptq_export.rewrite import RewritePaths, rewrite

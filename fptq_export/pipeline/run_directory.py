@@ -56,6 +56,16 @@ class RunDirectory:
         return self.path / "policy.json"
 
     @property
+    def auto(self) -> Path:
+        """What `--policy auto` weighed; written by it alone."""
+        return self.path / "auto.json"
+
+    @property
+    def pareto(self) -> Path:
+        """The same as a picture, where matplotlib is installed."""
+        return self.path / "pareto.svg"
+
+    @property
     def qdq(self) -> Path:
         """The graph in standard Q/DQ operators; its weights are those of `w4a8`."""
         return self.path / "model.qdq.onnx"

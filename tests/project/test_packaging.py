@@ -34,6 +34,7 @@ TOP_LEVEL = {"calib", "fptq_export", f"fptq_export-{fptq_export.__version__}.dis
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 PACKAGES = {
     "calib",
+    "calib/auto",
     "calib/interchange",
     "calib/rotation",
     "calib/text",
