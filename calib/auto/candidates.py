@@ -52,7 +52,7 @@ class LinearProblem:
     signed_scales: bool
 
     def equalized(self, scales: LinearScales) -> LinearProblem:
-        """The same linear at equalized sites: x / s, W s / s_out. An error of y / s_out weighs s_out^2 times as much."""
+        """The same linear at equalized sites: x / s, W s / s_out. Errors of y / s_out weigh s_out^2 times as much."""
         probe, hessian = self.probe, self.hessian
         if scales.input is not None:
             s = torch.from_numpy(scales.input)

@@ -58,7 +58,7 @@ SOURCES = "fptq_export/plugin/sources/"
 SUFFIXES = {".json", ".py", ".txt", ".typed"}
 """Kinds of files in our packages: counts of the time model, code, the built-in text, the typing marker."""
 
-OPTIONAL_IMPORTS = {"datasets", "jinja2", "lm_eval", "tensorrt", "tensorrt_rtx"}
+OPTIONAL_IMPORTS = {"matplotlib", "datasets", "jinja2", "lm_eval", "tensorrt", "tensorrt_rtx"}
 """Imported only where an extra installs them."""
 
 
