@@ -124,4 +124,4 @@ def test_the_proof_of_accuracy_is_there(run: Path) -> None:
 def test_the_policy_file_is_plain_json(run: Path) -> None:
     """An editor and any JSON tool can read it."""
     data: dict[str, Any] = json.loads((run / "policy.json").read_text())
-    assert data["rule"] == {"name": "paper", "v0": 15.0, "v1": 150.0}
+    assert data["rule"] == {"name": "paper", "equalizer": "paper", "v0": 15.0, "v1": 150.0}
