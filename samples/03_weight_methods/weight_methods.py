@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Calibrate once, then quantize and measure with every method."""
     if os.environ.get("FPTQ_SAMPLE_QUICK"):
-        options.calib_size, options.windows, options.seq, options.methods = 2, 1, 128, ("gptq",)
+        options.calib_size, options.windows, options.seq, options.methods = 2, 1, 128, ("clip",)
     workdir = options.workdir / Path(options.model).name
     checkpoint = checkpoint_from_model(options.model, workdir=workdir, trust_remote_code=False, progress=progress)
     check_checkpoint(checkpoint, progress)
