@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 PLUGIN_ARGS ?=
-KERNEL_TESTS := tests/plugins/emulation tests/plugins/gates tests/plugins/ptx
+FIRST_TESTS := tests/plugins/emulation tests/plugins/gates tests/plugins/ptx tests/calib tests/evaluate
 DEMO_DIR := demo/smollm2
 DEMO_ENGINE := demo/smollm2.plan
 
@@ -62,17 +62,18 @@ plugin: $(STAMP)  ## build the TensorRT plugin with nvcc (PLUGIN_ARGS="--arch 80
 test: lint  ## environment, linters, and every test that needs no GPU
 	@echo "==> tests"
 ifeq ($(strip $(PYTEST_ARGS)),)
-	$(MAKE) --no-print-directory --jobs=2 test-kernels test-others
+	$(MAKE) --no-print-directory --jobs=2 test-first test-others
 else
 	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
 endif
 
-# Side by side: compilers and the interpreter of PTX on one core, the model's whole road on the other. No build folder is shared.
-.PHONY: test-kernels test-others
-test-kernels:
-	$(BIN)/python -m pytest -q -m "not gpu" $(KERNEL_TESTS)
+# Two halves of about the same time, side by side: kernels, their compilers and calibration on one core, the model's whole road on the
+# other. No build folder is shared.
+.PHONY: test-first test-others
+test-first:
+	$(BIN)/python -m pytest -q -m "not gpu" $(FIRST_TESTS)
 test-others:
-	$(BIN)/python -m pytest -q -m "not gpu" $(KERNEL_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -q -m "not gpu" $(FIRST_TESTS:%=--ignore=%)
 
 lint: $(STAMP)  ## ruff and mypy
 	@echo "==> lint"
