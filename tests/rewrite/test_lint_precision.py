@@ -60,6 +60,15 @@ def test_block_int4_times_int8_is_refused(between: str) -> None:
         LintPrecision()(model)
 
 
+def test_int8_blocks_are_refused_too() -> None:
+    """Their scales differ along the summed channels as those of INT4 blocks do."""
+    model = _forbidden()
+    (use,) = model.graph.initializers["fc.weight_codes"].uses()
+    use.node.replace_input_with(0, constant(model, "codes", np.ones((64, 8), np.int8)))
+    with pytest.raises(PrecisionError, match="fc/MatMul"):
+        LintPrecision()(model)
+
+
 @pytest.mark.parametrize("op_type", ["Gemm", "Conv"])
 def test_other_weighted_operators_are_refused_too(op_type: str) -> None:
     """Gemm and Conv go to the same kernels as MatMul."""
@@ -129,13 +138,6 @@ def _int8_weight() -> ir.Model:
     return model
 
 
-def _int8_blocks() -> ir.Model:
-    model = _forbidden()
-    (use,) = model.graph.initializers["fc.weight_codes"].uses()
-    use.node.replace_input_with(0, constant(model, "codes", np.ones((64, 8), np.int8)))
-    return model
-
-
 def _mul_by(number: float) -> ir.Model:
     model = _forbidden()
     _insert(model, "Mul", [constant(model, "factor", np.float32(number))], [])
@@ -161,7 +163,6 @@ FINE: dict[str, Callable[[], ir.Model]] = {
     "per-token activation": lambda: qdq_linear(linear_numbers(), FLOAT, "per_token"),
     "per-channel INT4 weight": _per_channel_weight,
     "INT8 x INT8": _int8_weight,
-    "INT8 x INT8 in blocks": _int8_blocks,
     "two MatMuls": _two_linears,
 }
 
