@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from calib.session import TorchCausalSession
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import FptqError
+from fptq_export.files import write_text
 from fptq_export.pipeline.tokenizer_files import tokenizer_files
 from fptq_export.policy import Equalizer, Policy, WeightMethod
 from fptq_export.progress import ConsoleProgress, Progress
@@ -52,6 +53,9 @@ from fptq_export.verify.perplexity import Perplexity, nll_from_logits
 
 PER_TOKEN = PolicyOptions(v0=0.0, v1=0.0)
 """Thresholds that make every layer per-token: what the activations cost at least."""
+Figures = tuple[float | None, float | None, float | None]
+"""Of a row: seconds, perplexity with the paper's tiers, perplexity per token."""
+Job = Callable[[], Figures]
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,6 @@ def main() -> int:
         console.print(f"error: {error}", style="red", markup=False)
         return int(error.exit_code)
     Console().print(table_from_result(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -108,7 +110,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--calib-size", type=int, default=64, help="calibration windows (default: 64)")
     parser.add_argument("--workdir", type=Path, default=Path("work"), help="kept between runs (default: work)")
-    parser.add_argument("--json", type=Path, help="write the table here too")
+    parser.add_argument(
+        "--json", type=Path, default=Path("weight_methods.json"),
+        help="the table; rows that it holds already are not measured again (default: weight_methods.json)",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -127,29 +132,47 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     sizes = CalibrationOptions(size=options.calib_size, seq=options.seq)
     batches = token_batches(sizes, tokenizer, checkpoint.config.get_text_config().vocab_size)
-    started = time.monotonic()
     stats = calibrate(checkpoint, sites, batches, workdir / HESSIANS_FILE, progress)
-    seconds = time.monotonic() - started
     setting = Setting(
         checkpoint, sites, stats, workdir / HESSIANS_FILE, model_from_checkpoint(checkpoint, torch.float32),
         held_out_windows(tokenizer, options.windows, options.seq), options.group_size, progress,
     )  # fmt: skip
-    rows = [Row("FP32", None, perplexity(setting.model, setting.windows), None)]
-    rows += [
-        row_from_method(setting, name, equalizer, signed=signed)
-        for equalizer in options.equalizers
-        for name in options.methods
-        for signed in (False, True)
-    ]
-    rows += modelopt_rows(setting, batches)
-    return {
+    result = {
         "model": checkpoint.name,
         "calibration": batches.description,
-        "calibration_seconds": seconds,
         "held_out": f"{options.windows} x {options.seq} tokens",
         "group_size": options.group_size,
-        "rows": [vars(row) for row in rows],
     }
+    rows = measured_rows(jobs_from_setting(setting, batches, options), result, options.json)
+    return {**result, "rows": [vars(row) for row in rows]}
+
+
+def jobs_from_setting(setting: Setting, batches: TokenBatches, options: argparse.Namespace) -> dict[str, Job]:
+    """Name of each row, in the order of the table, and what measures it."""
+    jobs: dict[str, Job] = {"FP32": lambda: (None, perplexity(setting.model, setting.windows), None)}
+    if importlib.util.find_spec("modelopt") is not None:
+        jobs["ModelOpt INT4 AWQ, W4A16 (with calibration)"] = lambda: modelopt_figures(setting, batches)
+    for equalizer in options.equalizers:
+        for method in options.methods:
+            for signed in (False, True):
+                name = f"{method}, {equalizer}" if equalizer != "paper" else method
+                jobs[f"{name}, signed scales" if signed else name] = partial(
+                    figures_of_method, setting, method, equalizer, signed=signed
+                )
+    return jobs
+
+
+def measured_rows(jobs: dict[str, Job], settings: dict[str, Any], file: Path) -> list[Row]:
+    """Run every job whose row an interrupted run with the same settings has not left; each row is kept at once."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    same = all(kept.get(name) == value for name, value in settings.items())
+    known = {row["name"]: Row(**row) for row in kept["rows"]} if same and kept else {}
+    for name, job in jobs.items():
+        if name not in known:
+            known[name] = Row(name, *job())
+            rows = [vars(row) for row in known.values()]
+            write_text(json.dumps({**settings, "rows": rows}, indent=2) + "\n", file)
+    return [known[name] for name in jobs]
 
 
 def calibrate(checkpoint: Checkpoint, sites: Sites, batches: TokenBatches, hessians: Path, progress: Progress) -> Stats:
@@ -163,7 +186,7 @@ def calibrate(checkpoint: Checkpoint, sites: Sites, batches: TokenBatches, hessi
         return observe(load, batches, linears, progress, hessians=HessianSink(owners, write))
 
 
-def row_from_method(setting: Setting, name: WeightMethod, equalizer: Equalizer, *, signed: bool) -> Row:
+def figures_of_method(setting: Setting, name: WeightMethod, equalizer: Equalizer, *, signed: bool) -> Figures:
     """Quantize with one method and measure both kinds of activations."""
     results: list[float] = []
     for rule in (PolicyOptions(), PER_TOKEN):
@@ -178,8 +201,8 @@ def row_from_method(setting: Setting, name: WeightMethod, equalizer: Equalizer, 
         arrays = stream.read_all()
         seconds = time.monotonic() - started
         results.append(perplexity_of_policy(setting, policy, arrays))
-    label = name if equalizer == "paper" else f"{name}, {equalizer}"
-    return Row(f"{label}, signed scales" if signed else label, seconds, *results)
+    paper, per_token = results
+    return seconds, paper, per_token
 
 
 def perplexity_of_policy(setting: Setting, policy: Policy, arrays: dict[str, NDArray[Any]]) -> float:
@@ -198,10 +221,8 @@ def perplexity(model: PreTrainedModel, windows: NDArray[np.int64]) -> float:
     return total.figures().perplexity
 
 
-def modelopt_rows(setting: Setting, batches: TokenBatches) -> Iterable[Row]:
-    """W4A16 by NVIDIA Model Optimizer's INT4 AWQ, where it is installed (`pip install nvidia-modelopt`)."""
-    if importlib.util.find_spec("modelopt") is None:
-        return []
+def modelopt_figures(setting: Setting, batches: TokenBatches) -> Figures:
+    """W4A16 by NVIDIA Model Optimizer's INT4 AWQ (`pip install nvidia-modelopt`)."""
     import modelopt.torch.quantization as mtq
 
     config = copy.deepcopy(mtq.INT4_AWQ_CFG)
@@ -219,7 +240,7 @@ def modelopt_rows(setting: Setting, batches: TokenBatches) -> Iterable[Row]:
     started = time.monotonic()
     mtq.quantize(model, config, forward_loop)
     seconds = time.monotonic() - started
-    return [Row("ModelOpt INT4 AWQ, W4A16 (with calibration)", seconds, perplexity(model, setting.windows), None)]
+    return seconds, perplexity(model, setting.windows), None
 
 
 def traced_sites(checkpoint: Checkpoint, workdir: Path, progress: Progress) -> Sites:
@@ -236,7 +257,7 @@ def table_from_result(result: dict[str, Any]) -> Table:
     """The table that people read."""
     table = Table(
         title=f"{result['model']}: perplexity of {result['held_out']}, group size {result['group_size']}",
-        caption=f"{result['calibration']}; calibration {result['calibration_seconds']:.0f} s",
+        caption=result["calibration"],
     )
     table.add_column("weights")
     for column in ("seconds", "paper's tiers", "x FP32", "per token", "x FP32"):
