@@ -12,11 +12,13 @@ def expand_gemm(model: ir.Model) -> bool:
     """Replace the Gemm of a linear by what torch exports for a linear with an input of three dimensions.
 
     Rules:
-        1. `Gemm(x, W, b, transB=1)` with a constant W becomes `Add(MatMul(x, Transpose(W)), b)`; without b no Add.
-        2. A Gemm that scales or transposes anything else, or whose W is computed, is left alone.
+        1. `Gemm(x, W, b, transB=1)` with a constant W [out, in] becomes `Add(MatMul(x, Transpose(W)), b)`.
+        2. `Gemm(x, W, b)` with a constant W [in, out], as GPT-2's Conv1D stores it, becomes `Add(MatMul(x, W), b)`.
+        3. Without b there is no Add.
+        4. A Gemm that scales its operands or transposes x, or whose W is computed, is left alone.
 
-    Before: x, W [out, in], b -> Gemm. After: x, Transpose(W) -> MatMul -> Add(b). The new nodes keep the exporter's
-    metadata, which says which module they belong to.
+    Before: x, W, b -> Gemm. After: x, W [in, out] -> MatMul -> Add(b). The new nodes keep the exporter's metadata,
+    which says which module they belong to.
 
     Returns:
         Whether anything changed.
@@ -32,9 +34,9 @@ def _is_linear(node: ir.Node) -> bool:
         return False
     get = node.attributes.get_float
     unscaled = get("alpha", 1.0) == 1.0 and get("beta", 1.0) == 1.0
-    as_linear = node.attributes.get_int("transA", 0) == 0 and node.attributes.get_int("transB", 0) == 1
     weight = node.inputs[1]
-    return unscaled and as_linear and weight is not None and weight.is_initializer()
+    constant = weight is not None and weight.is_initializer()
+    return unscaled and constant and node.attributes.get_int("transA", 0) == 0
 
 
 def _expand(model: ir.Model, node: ir.Node) -> None:
@@ -42,7 +44,9 @@ def _expand(model: ir.Model, node: ir.Node) -> None:
     if x is None or weight is None:
         raise RuntimeError(f"Gemm {node.name!r} lacks an input")
     tape = Tape()
-    y = tape.op("MatMul", [x, tape.op("Transpose", [weight], {"perm": (1, 0)})])
+    if node.attributes.get_int("transB", 0) == 1:
+        weight = tape.op("Transpose", [weight], {"perm": (1, 0)})
+    y = tape.op("MatMul", [x, weight])
     if bias is not None:
         y = tape.op("Add", [y, bias])
     for new in tape.nodes:

@@ -86,7 +86,7 @@ def find_linears(
                 else:
                     found[path] = linear
             case [_]:
-                reasons[path] = "the traced graph computes it with a Gemm that scales or transposes its operands"
+                reasons[path] = "the traced graph computes it with a Gemm that scales its operands or transposes x"
             case several:
                 reasons[path] = f"the model calls it {len(several)} times in one pass"
     return found, reasons

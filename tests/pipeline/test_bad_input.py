@@ -104,11 +104,11 @@ def test_no_valid_group_size_is_refused(make_model_dir: Any, tmp_path: Path, com
 def test_a_model_without_a_linear_to_quantize_is_refused_before_calibration(
     make_model_dir: Any, tmp_path: Path, command: Command
 ) -> None:
-    """GPT-2 computes its linears as Conv1D: the reason is given, and no statistics are collected."""
-    from transformers import GPT2Config
+    """An unknown model calls every linear twice: the reason is given, and no statistics are collected."""
+    from tests.support.unknown_architecture import UnknownConfig
 
-    model = make_model_dir(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=512, n_positions=128))
-    assert_user_error(command(model, "-o", tmp_path / "run", *SMALL), "no layer can be quantized", "Gemm")
+    model = make_model_dir(UnknownConfig("called twice"))
+    assert_user_error(command(model, "-o", tmp_path / "run", *SMALL), "no layer can be quantized", "calls it 2 times")
     assert not (tmp_path / "run" / "stats.safetensors").exists()
 
 
