@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from fptq_export.sites import FoldSite, Producer, SiteKind
-from fptq_export.trace.find_fold_sites import source_before_casts, stray_reader
+from fptq_export.trace.find_fold_sites import last_dim, source_of_channels, stray_reader
 from fptq_export.trace.find_linears import LinearNode, only_reader
 
 __all__ = ["extension_site"]
@@ -51,7 +51,7 @@ def extension_site(
     """
     if stray_reader(value, readers) is not None:
         return None
-    source = source_before_casts(value)
+    source = source_of_channels(value)
     if isinstance(source, str):
         return None
     consumers, channels = tuple(reader.path for reader in readers), readers[0].in_features
@@ -73,7 +73,7 @@ def _attention_site(
     """Rule 2, from the end of the attention to its value projection."""
     side_by_side = _input_of(source, "Reshape")
     dims = _dims(side_by_side, 4)
-    if dims is None or _last_dim(source) != channels:
+    if dims is None or last_dim(source) != channels:
         return None
     heads, head_dim = dims[2], dims[3]
     mixed = _transposed(side_by_side)
@@ -166,11 +166,6 @@ def _dims(value: ir.Value | None, rank: int) -> tuple[int | None, ...] | None:
     if value is None or value.shape is None or len(value.shape) != rank:
         return None
     return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
-
-
-def _last_dim(value: ir.Value) -> int | None:
-    last = value.shape[-1] if value.shape is not None and len(value.shape) else None
-    return last if isinstance(last, int) else None
 
 
 def _site(kind: SiteKind, linear: LinearNode, consumers: tuple[str, ...], heads: _Heads) -> FoldSite:

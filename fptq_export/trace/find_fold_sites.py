@@ -1,6 +1,7 @@
 """Where an equalization x' = x / s can be folded exactly, found in the graph and not in a table of model families.
 
-A tensor read by linears has a site when everything that reads it is a linear and its producer is one of:
+A tensor read by linears has a site when everything that reads it is a linear and its producer, behind casts and
+reshapes that keep the channels, is one of:
 
 1. `Mul(u, w)` with a constant per-channel w (RMSNorm):                 w' = w / s
 2. `Mul(u, w + c)` with constants w and c (Gemma's RMSNorm, c = 1):     w' = (w + c) / s - c
@@ -23,7 +24,7 @@ import onnx_ir as ir
 from fptq_export.sites import FoldSite, Producer, SiteKind
 from fptq_export.trace.find_linears import LinearNode, only_reader
 
-__all__ = ["fold_site_or_reason", "source_before_casts", "stray_reader"]
+__all__ = ["fold_site_or_reason", "last_dim", "source_of_channels", "stray_reader"]
 
 
 def fold_site_or_reason(
@@ -42,7 +43,7 @@ def fold_site_or_reason(
     stray = stray_reader(value, readers)
     if stray is not None:
         return stray
-    source = source_before_casts(value)
+    source = source_of_channels(value)
     if isinstance(source, str):
         return source
     consumers = tuple(reader.path for reader in readers)
@@ -66,14 +67,35 @@ def stray_reader(value: ir.Value, readers: Sequence[LinearNode]) -> str | None:
     return None
 
 
-def source_before_casts(value: ir.Value) -> ir.Value | str:
-    """The tensor before casts that only this one reads: a scale passes through a Cast unchanged."""
-    while (node := value.producer()) is not None and node.op_type == "Cast":
+def source_of_channels(value: ir.Value) -> ir.Value | str:
+    """The tensor before casts and reshapes that only these read, with the channels of `value` in the same order.
+
+    A scale of a channel passes unchanged through a Cast, and through a Reshape that keeps the last dimension: GPT-2's
+    Conv1D reads [tokens, channels].
+
+    Returns:
+        The tensor, or one sentence that says what else reads it.
+    """
+    while (node := value.producer()) is not None and (node.op_type == "Cast" or _keeps_last_dim(node)):
         before = node.inputs[0]
         if before is None or only_reader(before) is None:
-            return f"its input is also read before Cast node {node.name!r}"
+            return f"its input is also read before {node.op_type} node {node.name!r}"
         value = before
     return value
+
+
+def _keeps_last_dim(node: ir.Node) -> bool:
+    """Whether a node is a Reshape whose last dimension is known and stays what it was."""
+    if node.op_type != "Reshape" or node.inputs[0] is None:
+        return False
+    before, after = last_dim(node.inputs[0]), last_dim(node.outputs[0])
+    return before is not None and before == after
+
+
+def last_dim(value: ir.Value) -> int | None:
+    """Size of the last dimension, None where it is not known."""
+    last = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return last if isinstance(last, int) else None
 
 
 def _channel_constant(value: ir.Value | None, channels: int) -> ir.Value | None:
