@@ -64,7 +64,7 @@ class _Names:
     renamings: list[WeightRenaming]
     converters: list[WeightConverter]
     prefix: str
-    tensors: Mapping[str, Any]
+    tensors: dict[str, Any]
     """Name -> tensor, of the model with stacked experts."""
     stacked: Mapping[str, str]
     """Name of a stacked parameter -> path of the experts."""

@@ -281,7 +281,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrai
 
 
 def _unstacked_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers would stack the experts: a copy of them all."""
+    """Built and filled here, because transformers would stack the experts, which copies them all."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code

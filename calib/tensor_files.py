@@ -44,7 +44,7 @@ class TensorEntry:
         tensor: torch.Tensor = tensors.get_tensor(self.key)
         if self.rows is None:
             return tensor
-        return (tensor if self.rows.index is None else tensor[self.rows.index])[self.rows.start : self.rows.stop]
+        return (tensor if self.rows.matrix is None else tensor[self.rows.matrix])[self.rows.start : self.rows.stop]
 
 
 def tensor_entries_from_directory(directory: Path) -> dict[str, TensorEntry]:

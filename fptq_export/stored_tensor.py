@@ -14,11 +14,11 @@ __all__ = ["Rows", "StoredTensor"]
 
 
 class Rows(NamedTuple):
-    """Rows `start` to `stop` of a matrix, or of matrix `index` of a stack of them."""
+    """Rows `start` to `stop` of a matrix, or of one matrix of a stack of them."""
 
     start: int
     stop: int
-    index: int | None = None
+    matrix: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class StoredTensor:
                 array: NDArray[np.generic] = tensors.get_tensor(self.key)
                 return array
             part, rows = tensors.get_slice(self.key), slice(self.rows.start, self.rows.stop)
-            array = part[rows] if self.rows.index is None else part[self.rows.index, rows]
+            array = part[rows] if self.rows.matrix is None else part[self.rows.matrix, rows]
         return array

@@ -8,7 +8,7 @@ module's own forward, on random numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,10 +83,10 @@ def unstack_experts(model: nn.Module, *, static: bool) -> tuple[str, ...]:
     return tuple(found)
 
 
-def experts_of_linears(model: nn.Module) -> dict[str, str]:
-    """Path of each linear of an unstacked expert -> path of the expert."""
+def experts_of_linears(model: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Path of each linear of an unstacked expert -> path of the expert, both behind a prefix."""
     return {
-        f"{path}.{number}.{name}": f"{path}.{number}"
+        f"{prefix}{path}.{number}.{name}": f"{prefix}{path}.{number}"
         for path, module in model.named_modules()
         if isinstance(module, UnstackedExperts)
         for number in range(len(module))
@@ -147,9 +147,13 @@ def _difference_from_forward(module: Any) -> str | None:
 def _unstacked(module: Any, *, static: bool) -> UnstackedExperts:
     experts, twice, hidden = module.gate_up_proj.shape
 
-    def weights(expert: int) -> Iterator[torch.Tensor]:
-        for projection in PROJECTIONS:
-            name, rows = stacked_rows(projection, expert, twice // 2, hidden)
-            yield getattr(module, name).detach()[rows.index, rows.start : rows.stop]
+    def weight(projection: str, expert: int) -> torch.Tensor:
+        name, rows = stacked_rows(projection, expert, twice // 2, hidden)
+        view: torch.Tensor = getattr(module, name).detach()[rows.matrix, rows.start : rows.stop]
+        return view
 
-    return UnstackedExperts((Expert(*weights(expert), module.act_fn) for expert in range(experts)), static=static)
+    def expert(number: int) -> Expert:
+        gate, up, down = (weight(projection, number) for projection in PROJECTIONS)
+        return Expert(gate, up, down, module.act_fn)
+
+    return UnstackedExperts(map(expert, range(experts)), static=static)

@@ -1,4 +1,4 @@
-"""Experts as linears of their own: y = sum_e w_e(token) down_e(act(gate_e(x)) * up_e(x)), w_e = 0 where e is not chosen.
+"""Experts as linears of their own: y = sum_e w_e down_e(act(gate_e(x)) * up_e(x)), w_e = 0 where a token chose others.
 
 transformers keeps the experts of a layer as two parameters of three dimensions, which no linear can be made from. Here
 each expert has an `nn.Linear` for each projection, in one of two programs for the same function:

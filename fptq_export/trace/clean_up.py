@@ -1,7 +1,7 @@
 """Shrink what torch's exporter writes: fold shape arithmetic, drop what does nothing, name what people look for.
 
-Library passes, and one of our own. Parameters are never folded: the rewrites look for them by name, and `Transpose` of a
-weight is a layout decision that `weights.transpose_linear_weights` takes.
+Library passes, and one of our own. Parameters are never folded: the rewrites look for them by name, and `Transpose` of
+a weight is a layout decision that `weights.transpose_linear_weights` takes.
 """
 
 from __future__ import annotations
