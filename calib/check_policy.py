@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +64,11 @@ def policy_problems(
             yield from _layer_problems(layer, linears[path], maxima, in_table=read.get(path) in policy.equalization)
             if layer.weight_method == "given":
                 yield from _given_problems(layer, linears[path], (given or {}).get(path))
+    unreached = {
+        path for path, linear in linears.items() if linear.expert and path in maxima and not maxima[path].any()
+    }
     for site in sites.fold_sites:
-        yield from _shared_input_problems(site, policy)
+        yield from _shared_input_problems(site, policy, unreached)
     if not policy.quantized():
         yield Problem("$.layers", "every layer is float: there is nothing to quantize")
 
@@ -85,6 +88,9 @@ def _layer_problems(
         if getattr(layer, field) is not None:
             yield _problem(linear.path, field, f"a {layer.precision} layer has none: set it to null")
     if layer.precision == "float":
+        return
+    if linear.float_reason is not None:
+        yield _problem(linear.path, "precision", f"this layer cannot be quantized ({linear.float_reason})")
         return
     if linear.path not in maxima:
         yield _problem(linear.path, "precision", "its input was not measured: calibrate again without excluding it")
@@ -132,6 +138,9 @@ def _activation_problems(layer: LayerPolicy, linear: Linear, measured: float, *,
             "activation",
             f"lae_static needs an exact fold site, and there is none ({linear.no_site_reason})",
         )
+    if linear.expert is not None and measured == 0.0 and layer.activation not in (None, "per_token"):
+        cause = f"is {layer.activation}, but calibration routed no token to this expert: use per_token"
+        yield _problem(linear.path, "activation", cause)
     if layer.input_absmax is not None and layer.input_absmax != measured:
         yield _problem(
             linear.path, "input_absmax", f"is {layer.input_absmax}, but {measured} was measured; it is not for editing"
@@ -160,8 +169,10 @@ def _scale_problems(
         )
 
 
-def _shared_input_problems(site: FoldSite, policy: Policy) -> Iterator[Problem]:
+def _shared_input_problems(site: FoldSite, policy: Policy, unreached: Collection[str]) -> Iterator[Problem]:
     """A fold changes the tensor that all consumers read, so they are equalized together or not at all.
+
+    Linears of experts that no token reached are quantized token by token, whatever the others do.
 
     A site in the table is equalized whatever the tiers say; `table_problems` looks at it.
 
@@ -177,7 +188,7 @@ def _shared_input_problems(site: FoldSite, policy: Policy) -> Iterator[Problem]:
         cause = f"{_listed(equalized)} is lae_static, which would change the given codes of this layer"
         yield _problem(site.producer_linear, "weight_method", cause)
     for path, activation in tiers.items():
-        if activation != "lae_static":
+        if activation != "lae_static" and path not in unreached:
             yield _problem(
                 path,
                 "activation",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -86,7 +86,7 @@ def choose_equalization(
     hessians: Path | None,
     progress: Progress,
 ) -> EqualizationTable:
-    """Choose for every fold site that a quantized layer reads.
+    """Choose for every fold site that a quantized layer reads, unless no token of calibration reached it.
 
     Args:
         policy: Complete but for the equalization: tiers, group sizes, kinds of scales.
@@ -104,7 +104,7 @@ def choose_equalization(
     rms: dict[str, NDArray[np.float32]] = {}
     if options.folds_everywhere:
         quantized = policy.quantized()
-        chosen = [site for site in sites.fold_sites if any(path in quantized for path in site.consumers)]
+        chosen = [site for site in sites.fold_sites if _is_known(site, quantized, maxima)]
         stored = _open_hessians(options, hessians, sites)
         with progress.task("choose equalization", len(chosen), unit="sites") as task:
             for site in chosen:
@@ -116,6 +116,10 @@ def choose_equalization(
                         entries[site.id], rms[site.id] = entry, measured
                 task.advance()
     return EqualizationTable(entries, rms)
+
+
+def _is_known(site: FoldSite, quantized: Container[str], maxima: Mapping[str, NDArray[np.float32]]) -> bool:
+    return any(path in quantized and maxima[path].any() for path in site.consumers)
 
 
 def _open_hessians(options: EqualizerOptions, path: Path | None, sites: Sites) -> Hessians | None:
@@ -143,7 +147,7 @@ def _searched_entry(
     """The candidate of least error, or None where none beats s = 1; and the site's root mean squares."""
     quantized = policy.quantized()
     readers = [path for path in site.consumers if path in quantized]
-    hessian = hessians.read(readers[0])
+    hessian = hessians.read_sum(readers)
     absmax, rms = site_absmax(site, policy, maxima), rms_from_hessian(hessian)
     consumers = [
         Consumer(weights.read(path), layer.group_size, layer.signed_scales, layer.activation == "static")

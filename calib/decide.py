@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from calib.precision import DEFAULT_EXCLUDE, Choice, chosen_precisions
 from calib.ranges import CalibratedRange, RangeCalibrator, calibrated_range
 from calib.replay import replay_policy
 from calib.rule import float_layer, tier_from_absmax
+from calib.shared_inputs import stats_of_tensors
 from calib.site_scales import SiteScales, scales_of_policy, site_absmax
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
@@ -96,14 +97,17 @@ def decide_policy(
     options.equalization.check_given(checkpoint.given)
     rule = Rule(v0=options.v0, v1=options.v1, equalizer=options.equalization.equalizer)
     choices = chosen_precisions([linear.path for linear in sites.linears], options.exclude, options.precision)
-    stays_float = {path for path, choice in choices.items() if choice.precision == "float"}
+    stats = stats_of_tensors(stats, sites)
     layers = {}
     for linear in sites.linears:
         choice = choices.get(linear.path)
+        if linear.float_reason is not None:
+            layers[linear.path] = float_layer(linear, linear.float_reason)
+            continue
         if choice is not None and choice.precision == "float":
             layers[linear.path] = float_layer(linear, choice.float_reason)
             continue
-        absmax = _site_absmax(linear, sites, stats, stays_float)
+        absmax = stats.absmax(linear.path)
         layers[linear.path] = (
             _given_layer(checkpoint.given, linear, absmax, rule, choice)
             if checkpoint.given is not None
@@ -152,12 +156,6 @@ def _equalized(
             scale = scale_after_equalization(maxima, table.entries[site], scales.equalization[site])
             layers[path] = layer.model_copy(update={"activation_scale": scale})
     return policy.model_copy(update={"layers": layers}), scales
-
-
-def _site_absmax(linear: Linear, sites: Sites, stats: Stats, excluded: Collection[str]) -> float:
-    """V of a linear; linears of one site share it, so that they share the decision."""
-    consumers = [linear.path] if linear.site is None else sites.site(linear.site).consumers
-    return max(stats.absmax(path) for path in consumers if path not in excluded)
 
 
 def _layer_policy(

@@ -1,14 +1,15 @@
 """`hessians.safetensors`: H = mean over tokens of x x^T for every distinct input of a linear.
 
 Methods with error feedback need it (GPTQ, arXiv 2210.17323). It is measured on the input as it is: for x' = x / s it is
-H / (s s^T). Linears that read one tensor share one matrix, stored under the first of them.
+H / (s s^T). Linears that read one tensor share one matrix, stored under the first of them. Linears of an expert share
+one of their own: the sum over the tokens that chose the expert, divided by the number of all tokens.
 
 The matrices of a model are larger than the model, so they are written as they come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fptq_export.errors import UserError
-from fptq_export.sites import Sites
+from fptq_export.sites import Linear, Sites
 from fptq_export.tensor_writer import TensorSpec, tensor_writer
 
 __all__ = ["HESSIANS_FILE", "Hessians", "hessian_writer", "owners_from_sites"]
@@ -24,14 +25,21 @@ __all__ = ["HESSIANS_FILE", "Hessians", "hessian_writer", "owners_from_sites"]
 HESSIANS_FILE = "hessians.safetensors"
 _SUFFIX = ".hessian"
 
+_Seen = tuple[str, str | None]
+"""A tensor, and the expert whose tokens of it count; None for all tokens."""
+
 
 def owners_from_sites(sites: Sites, paths: Container[str]) -> dict[str, str]:
-    """Path of each linear -> path of the first linear among `paths` that reads the same tensor."""
-    first: dict[str, str] = {}
+    """Path of each linear -> path of the first linear among `paths` that reads the same tensor for the same tokens."""
+    first: dict[_Seen, str] = {}
     for linear in sites.linears:
         if linear.path in paths:
-            first.setdefault(linear.input, linear.path)
-    return {linear.path: first[linear.input] for linear in sites.linears if linear.path in paths}
+            first.setdefault(_seen(linear), linear.path)
+    return {linear.path: first[_seen(linear)] for linear in sites.linears if linear.path in paths}
+
+
+def _seen(linear: Linear) -> _Seen:
+    return linear.input, linear.expert
 
 
 @contextmanager
@@ -70,7 +78,7 @@ class Hessians:
 
     def __init__(self, path: Path, sites: Sites) -> None:
         self._path = path
-        self._inputs = {linear.path: linear.input for linear in sites.linears}
+        self._seen = {linear.path: _seen(linear) for linear in sites.linears}
         try:
             with safe_open(str(path), framework="pt") as file:
                 stored = [name.removesuffix(_SUFFIX) for name in file.keys()]  # noqa: SIM118 (not a dict)
@@ -78,11 +86,11 @@ class Hessians:
             raise UserError(str(path), "no such file", self.HINT) from None
         except (SafetensorError, OSError) as error:
             raise UserError(str(path), f"damaged ({error})", "delete it and calibrate again") from None
-        self._owner_by_input = {self._inputs[owner]: owner for owner in stored if owner in self._inputs}
+        self._owners = {self._seen[owner]: owner for owner in stored if owner in self._seen}
 
     def covers(self, path: str) -> bool:
         """Whether the file holds the matrix of a linear's input."""
-        return self._inputs.get(path, "") in self._owner_by_input
+        return self._owner(path) is not None
 
     def read(self, path: str) -> torch.Tensor:
         """The matrix of a linear's input: float32 [in, in], a copy.
@@ -90,9 +98,28 @@ class Hessians:
         Raises:
             UserError: The file does not cover the linear.
         """
-        owner = self._owner_by_input.get(self._inputs.get(path, ""))
+        owner = self._owner(path)
         if owner is None:
             raise UserError(f"layer {path}", f"{self._path.name} does not cover it", self.HINT)
         with safe_open(str(self._path), framework="pt") as file:
             hessian: torch.Tensor = file.get_tensor(f"{owner}{_SUFFIX}").clone()
         return hessian
+
+    def read_sum(self, paths: Sequence[str]) -> torch.Tensor:
+        """The matrix of a tensor, from linears that read it: float32 [in, in], a copy.
+
+        Each expert among them saw some of the tokens; the sum has every token as often as it was seen. Linears that the
+        file does not cover are left out.
+
+        Raises:
+            UserError: It covers none.
+        """
+        owners = dict.fromkeys(owner for path in paths if (owner := self._owner(path)) is not None)
+        first, *others = owners or paths[:1]
+        hessian = self.read(first)
+        for owner in others:
+            hessian += self.read(owner)
+        return hessian
+
+    def _owner(self, path: str) -> str | None:
+        return self._owners.get(self._seen.get(path, ("", None)))

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from calib.expert_tensors import entries_of_linears, may_hold_experts
 from calib.gguf import directory_from_gguf
 from calib.hub import directory_from_hub
 from calib.quiet import quiet_transformers
 from calib.tensor_files import TensorEntry, tensor_entries_from_directory
 from fptq_export.errors import UserError
+from fptq_export.experts.unstack import stacked_experts, unstack_experts
 from fptq_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -73,6 +76,8 @@ class Checkpoint:
     trust_remote_code: bool = False
     given: GivenWeights | None = None
     """INT4 codes that came with the model; the tensors are then those codes, dequantized."""
+    unstacked: bool = False
+    """The model has experts, which are linears here; `tensors` name them so, however the files hold them."""
 
 
 def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool, progress: Progress) -> Checkpoint:
@@ -134,7 +139,18 @@ def checkpoint_from_directory(
     """
     config = _read_config(directory, trust_remote_code, quantized)
     entries = tensor_entries_from_directory(directory)
-    return Checkpoint(directory, name, config, _with_base_model_prefix(entries, config), trust_remote_code)
+    named = _with_base_model_prefix(entries, config)
+    checkpoint = Checkpoint(directory, name, config, named, trust_remote_code)
+    return checkpoint if quantized or not may_hold_experts(named) else _with_unstacked_experts(checkpoint)
+
+
+def _with_unstacked_experts(checkpoint: Checkpoint) -> Checkpoint:
+    model = _meta_model(checkpoint)
+    experts = stacked_experts(model)
+    if not experts:
+        return checkpoint
+    tensors = entries_of_linears(checkpoint.tensors, model, experts)
+    return replace(checkpoint, tensors=tensors, unstacked=True)
 
 
 def _read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> PreTrainedConfig:
@@ -198,8 +214,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
             f"tensor {name!r}", f"{checkpoint.directory} does not hold it", "check that the checkpoint is complete"
         )
     with safe_open(str(entry.file), framework="pt") as tensors:
-        tensor: torch.Tensor = tensors.get_tensor(entry.key)
-    return tensor
+        return entry.read_from(tensors)
 
 
 def tokenizer_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -227,21 +242,27 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedTokenizerBase
 
 
 def skeleton_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model that the config describes, on the meta device: modules and shapes, no memory.
+    """The model that the config describes, on the meta device: modules and shapes, no memory; experts are linears.
 
     Raises:
-        UserError: transformers cannot build a model from the config.
+        UserError: transformers cannot build a model from the config, or its experts are more than linears.
     """
-    with _build_errors_as_user_errors(checkpoint), quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            checkpoint.config, trust_remote_code=checkpoint.trust_remote_code
-        )
+    model = _meta_model(checkpoint)
+    unstack_experts(model, static=False)
     model.eval()
     return model
 
 
+def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    with _build_errors_as_user_errors(checkpoint), quiet_transformers(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            checkpoint.config, trust_remote_code=checkpoint.trust_remote_code
+        )
+    return model
+
+
 def model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights, in eval mode.
+    """The model with its weights, in eval mode; experts are linears, and run on the tokens that chose them.
 
     Parameters are the memory map itself where `dtype` is the stored one; otherwise they are cast one at a time.
     Attention is torch's scaled dot product where the architecture has it: at least twice as fast as eager on two CPU
@@ -252,8 +273,31 @@ def model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrai
         dtype: Floating-point type of the parameters.
     """
     with quiet_transformers():
-        model: PreTrainedModel = _from_pretrained(checkpoint, dtype=dtype)
+        model = (
+            _unstacked_model(checkpoint, dtype) if checkpoint.unstacked else _from_pretrained(checkpoint, dtype=dtype)
+        )
     model.eval()
+    return model
+
+
+def _unstacked_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Built and filled here, because transformers would stack the experts, which copies them all."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+        )
+    unstack_experts(model, static=False)
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    # A checkpoint may hold either of two tied names.
+    aliases = {source: target for target, source in tied.items() if source not in checkpoint.tensors}
+    wanted = {name: checkpoint.tensors[aliases.get(name, name)] for name in model.state_dict() if name not in tied}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in {entry.file for entry in wanted.values()}:
+        with safe_open(str(file), framework="pt") as stored:
+            read = {name: entry.read_from(stored) for name, entry in wanted.items() if entry.file == file}
+        tensors |= {name: it.to(dtype) if it.is_floating_point() else it for name, it in read.items()}
+    model.load_state_dict(tensors, assign=True, strict=False)
+    model.tie_weights()
     return model
 
 

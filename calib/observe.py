@@ -18,6 +18,7 @@ from calib.state import CalibrationState
 from calib.stats import Stats
 from calib.stream import BlockStream, LoadModel
 from fptq_export.errors import UserError
+from fptq_export.experts.unstack import experts_of_linears
 from fptq_export.progress import Progress, Task
 
 __all__ = ["Execution", "HessianSink", "observe"]
@@ -80,7 +81,8 @@ def observe(
         histograms: Count |x| too, where a range calibrator needs it.
 
     Returns:
-        float32 maxima for each linear, and histograms where they are wanted, over the windows of all ranks.
+        float32 maxima for each linear, and histograms where they are wanted, over the windows of all ranks. For a
+        linear of an expert, over the tokens that chose the expert: 0 where none did.
 
     Raises:
         UserError: An activation is NaN or Inf, a linear never ran, or there are fewer windows than ranks.
@@ -137,6 +139,8 @@ def _observe_blocks(
                 for tokens in stream.advance(index, block):
                     inputs.forget_tensor()
                     task.advance(tokens)
+            for path in set(paths) & experts_of_linears(block, f"{stream.path}.{index}.").keys():
+                inputs.expect(path, block.get_submodule(path.removeprefix(f"{stream.path}.{index}.")))
         del block  # before the next one is loaded
         inputs.finish(paths, execution.ranks, execution.device)
         if execution.state is not None:
@@ -174,6 +178,18 @@ class _Inputs:
             self._count(path, x, self.histograms)
         if self.sink is not None and self.sink.owners[path] == path:
             self._add_to_hessian(path, x.reshape(-1, x.shape[-1]))
+
+    def expect(self, path: str, linear: nn.Module) -> None:
+        """Know of a linear of an expert, though no token may have reached it: then all that is known is 0."""
+        if path in self.absmax:
+            return
+        weight = linear.get_parameter("weight")
+        width = weight.shape[1]
+        self.absmax[path] = weight.new_zeros(width)
+        if self.histograms is not None:
+            self.histograms[path] = Histogram.empty()
+        if self.sink is not None and self.sink.owners[path] == path:
+            self._hessians[path] = weight.new_zeros(width, width)
 
     def forget_tensor(self) -> None:
         """Let go of the last tensor, so that its memory is free and its identity cannot be met again."""

@@ -114,8 +114,8 @@ def _known_rms(path: Path, policy: Policy, sites: Sites, hessians: Path | None) 
     if hessians is not None and len(rms) < len(wanted):
         matrices = Hessians(hessians, sites)
         for site in sites.fold_sites:
-            if site.id in wanted and site.id not in rms and matrices.covers(site.consumers[0]):
-                rms[site.id] = rms_from_hessian(matrices.read(site.consumers[0]))
+            if site.id in wanted and site.id not in rms and any(map(matrices.covers, site.consumers)):
+                rms[site.id] = rms_from_hessian(matrices.read_sum(site.consumers))
     return rms
 
 

@@ -23,9 +23,11 @@ def tier_from_absmax(absmax: float, rule: Rule, linear: Linear) -> tuple[Activat
 
     Returns:
         `static` for v <= v0; for v0 < v < v1 at a fold site `lae_static`, or `static` with an equalizer of its own;
-        `per_token` otherwise. And the reason.
+        `per_token` otherwise, also for a linear of an expert that no token reached. And the reason.
     """
     measured = f"{RULE_REASON_START} {absmax:.6g}"
+    if linear.expert is not None and absmax == 0.0:
+        return "per_token", f"{measured}, for calibration routed no token to this expert: one INT8 scale a token"
     if absmax <= rule.v0:
         return "static", f"{measured} <= v0 {rule.v0:g}: one INT8 scale"
     if absmax >= rule.v1:

@@ -6,10 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fptq_export.errors import Problem, UserError, UserErrors
+from fptq_export.stored_tensor import Rows, StoredTensor
 
 __all__ = ["INDEX_FILE", "WEIGHTS_FILE", "TensorEntry", "tensor_entries_from_directory"]
 
@@ -28,6 +31,20 @@ class TensorEntry:
     dtype: str
     """As safetensors spells it: F32, F16, BF16."""
     shape: tuple[int, ...]
+    rows: Rows | None = None
+    """The part of the stored tensor that this is; None for all of it."""
+
+    @property
+    def stored(self) -> StoredTensor:
+        """Where it lies, without its type and shape."""
+        return StoredTensor(self.file, self.key, self.rows)
+
+    def read_from(self, tensors: Any) -> torch.Tensor:
+        """A memory map of it, from its opened file."""
+        tensor: torch.Tensor = tensors.get_tensor(self.key)
+        if self.rows is None:
+            return tensor
+        return (tensor if self.rows.matrix is None else tensor[self.rows.matrix])[self.rows.start : self.rows.stop]
 
 
 def tensor_entries_from_directory(directory: Path) -> dict[str, TensorEntry]:

@@ -76,7 +76,7 @@ class CandidateFigures(_Model):
     activation: Activation | None
     group_size: PositiveInt | None
     sqnr_db: float | None
-    """Output power over error power on real inputs, in dB; null where the output is exact."""
+    """Output power over error power on real inputs, in dB; null where the output is exact or no input was seen."""
     predicted_kl: float = Field(ge=0.0)
     """KL divergence of the model's prediction in nats a token, with this linear alone quantized."""
     bits_per_weight: float

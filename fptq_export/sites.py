@@ -108,6 +108,10 @@ class Linear(_Model):
     """Fold site that the FPTQ rule may use; an extension site names the linear among its consumers only."""
     no_site_reason: str | None
     """Why the input has no exact fold site; None exactly when `site` is set."""
+    expert: str | None = None
+    """Path of the expert it belongs to, e.g. `model.layers.0.mlp.experts.3`: only tokens that chose it count for it."""
+    float_reason: str | None = None
+    """Why it must keep the float precision; None for a linear that may be quantized."""
 
 
 class UnmatchedLinear(_Model):

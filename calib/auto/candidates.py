@@ -18,7 +18,7 @@ from calib.weights.per_channel import quantize_int8
 from fptq_export.policy import GROUP_SIZES, Activation, CandidateFigures, Precision, WeightMethod
 from fptq_export.sites import Linear
 
-__all__ = ["Candidate", "LinearProblem", "candidates_from_linear", "figures_from_candidates"]
+__all__ = ["Candidate", "LinearProblem", "candidates_from_linear", "figures_from_candidates", "figures_without_probe"]
 
 _TIERS: Sequence[Activation] = ("static", "lae_static", "per_token")
 
@@ -119,6 +119,24 @@ def figures_from_candidates(
             )
         )
     return tuple(figures)
+
+
+def figures_without_probe(
+    linear: Linear, candidates: Sequence[Candidate], decode_s: Sequence[float]
+) -> tuple[CandidateFigures, ...]:
+    """Figures of a linear that the probed text did not reach, of an expert: its errors are not known and count 0."""
+    return tuple(
+        CandidateFigures(
+            precision=candidate.precision,
+            activation=candidate.activation,
+            group_size=candidate.group_size,
+            sqnr_db=None,
+            predicted_kl=0.0,
+            bits_per_weight=_bits(linear, candidate),
+            decode_us=1e6 * seconds,
+        )
+        for candidate, seconds in zip(candidates, decode_s, strict=True)
+    )
 
 
 def _bits(linear: Linear, candidate: Candidate) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from calib.linears import LinearWeights
 from calib.load import model_from_checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.rule import AUTO_REASON_START
+from calib.shared_inputs import stats_of_tensors
 from calib.site_scales import SiteScales, scales_of_policy
 from fptq_export.errors import UserError
 from fptq_export.policy import ArrayStream, CandidateFigures, LayerPolicy, Policy
@@ -82,6 +83,7 @@ def decide_auto(
     if measured.checkpoint.given is not None:
         cause = f"the model came with INT4 codes ({measured.checkpoint.given.format}): there is nothing to choose"
         raise UserError("--policy auto", cause, "use --policy paper, or give the original float model")
+    measured = replace(measured, stats=stats_of_tensors(measured.stats, measured.sites))
     paper, paper_arrays = decide_policy(
         measured.sites, measured.stats, measured.checkpoint, options, progress, measured.hessians
     )
@@ -254,6 +256,7 @@ def _layer_from_figures(layer: LayerPolicy, figures: CandidateFigures, static_sc
     if figures.precision == "w8a8":
         update |= {"weight_method": "rtn", "signed_scales": False}
     changed = layer.model_copy(update=update)
-    sqnr = "exact" if figures.sqnr_db is None else f"{figures.sqnr_db:.1f} dB"
+    exact = "exact, or not reached by the probed text"
+    sqnr = exact if figures.sqnr_db is None else f"{figures.sqnr_db:.1f} dB"
     reason = f"{AUTO_REASON_START}{changed.runs}: predicted KL {figures.predicted_kl:.3g} nats a token, {sqnr}"
     return changed.model_copy(update={"reason": f"{reason}; the rule says: {layer.reason}"})

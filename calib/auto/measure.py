@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.auto.candidates import Candidate, LinearProblem, candidates_from_linear, figures_from_candidates
+from calib.auto.candidates import (
+    Candidate,
+    LinearProblem,
+    candidates_from_linear,
+    figures_from_candidates,
+    figures_without_probe,
+)
 from calib.auto.choose import LinearChoice
 from calib.auto.cost import DecodeCost
 from calib.auto.probe import Probe
@@ -19,6 +25,7 @@ from calib.equalizers import SiteStatistics, scale_from_formula
 from calib.hessians import Hessians
 from calib.linears import LinearWeights
 from calib.load import Checkpoint
+from calib.shared_inputs import was_reached
 from calib.site_scales import SiteScales, site_absmax
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
@@ -72,31 +79,42 @@ def choices_from_probes(
     hessians = Hessians(measured.hessians, measured.sites) if needs_hessian and measured.hessians else None
     touched = scales_from_sites(measured.sites, paper.equalization, scales.equalization)
     quantized = paper.quantized()
+
+    def problem_of(linear: Linear) -> LinearProblem:
+        path = linear.path
+        return LinearProblem(
+            linear=linear,
+            probe=probes[path],
+            weight=weights.read(path),
+            hessian=hessians.read(path) if hessians is not None else None,
+            lae=_lae(linear, measured, paper),
+            static_scale=static_scale_of(measured, paper, scales, path),
+            absmax=quantized[path].input_absmax or 0.0,
+            weight_method=options.weight_method,
+            signed_scales=options.signed_scales,
+        ).equalized(touched.get(path, LinearScales()))
+
     choices: dict[str, LinearChoice] = {}
     with progress.task("measure candidates", len(quantized), unit="layers") as task:
         for path in quantized:
             linear = measured.sites.linear(path)
-            if path not in probes:
+            if path not in probes and linear.expert is None:
                 cause = "never ran on the probed text"
                 raise UserError(f"layer {path}", cause, "calibrate on more text, or exclude it")
-            problem = LinearProblem(
-                linear=linear,
-                probe=probes[path],
-                weight=weights.read(path),
-                hessian=hessians.read(path) if hessians is not None else None,
-                lae=_lae(linear, measured, paper),
-                static_scale=static_scale_of(measured, paper, scales, path),
-                absmax=quantized[path].input_absmax or 0.0,
-                weight_method=options.weight_method,
-                signed_scales=options.signed_scales,
-            ).equalized(touched.get(path, LinearScales()))
             candidates = candidates_of(measured, paper, path)
+            seconds = [cost(linear, candidate) for candidate in candidates]
             try:
-                figures = figures_from_candidates(problem, candidates, [cost(linear, it) for it in candidates])
+                figures = (
+                    figures_from_candidates(problem_of(linear), candidates, seconds)
+                    if path in probes
+                    else figures_without_probe(linear, candidates, seconds)
+                )
             except ValueError as error:
                 hint = "calibrate on more text, or use another --weight-method"
                 raise UserError(f"layer {path}", f"{options.weight_method} failed: {error}", hint) from error
-            choices[path] = LinearChoice(figures, linear.in_features * linear.out_features, linear.input)
+            # An expert that calibration did not reach is quantized token by token, whatever others that read x do.
+            tensor = linear.input if was_reached(linear, measured.stats) else path
+            choices[path] = LinearChoice(figures, linear.in_features * linear.out_features, tensor)
             task.advance()
     return choices
 
@@ -120,7 +138,10 @@ def candidates_of(measured: Measured, paper: Policy, path: str) -> tuple[Candida
         return (Candidate(layer.precision, layer.activation, layer.group_size),)
     size = layer.group_size or SMALLEST_GROUP
     linear = measured.sites.linear(path)
-    return tuple(candidates_from_linear(linear, min(SMALLEST_GROUP, size), lae=_may_have_lae(linear, paper)))
+    every = candidates_from_linear(linear, min(SMALLEST_GROUP, size), lae=_may_have_lae(linear, paper))
+    if was_reached(linear, measured.stats):
+        return tuple(every)
+    return tuple(candidate for candidate in every if candidate.activation == "per_token")
 
 
 def _may_have_lae(linear: Linear, paper: Policy) -> bool:

@@ -122,6 +122,9 @@ def _check_layers(checkpoint: Checkpoint, quantized: Mapping[str, LayerPolicy]) 
             raise UserError(where, "its weight is tied to another module, which stays float", "exclude the layer")
         if name not in checkpoint.tensors:
             raise UserError(where, "the checkpoint stores its weight under another name", "exclude the layer")
+        if checkpoint.unstacked and checkpoint.tensors[name].key != name:
+            cause = "the checkpoint stores the weights of experts under other names, which its readers look for"
+            raise UserError(where, cause, "leave the experts in float: --precision 'experts=float'")
         if layer.signed_scales:
             cause = "its group scales are signed, which other tools do not expect"
             raise UserError(where, cause, "run again with --no-signed-scales")

@@ -7,7 +7,8 @@ data types of its constants and the ONNX nodes it was made from. It needs no GPU
   codes. Linears that share their input may be fused along `out`: one Int4 constant for all of them, every MatMul named.
 * A weight with a single group along `in`, or one that is cast after its dequantization (FP16 scales in a BF16 graph),
   is dequantized in a layer of its own at every call, which names only `<torch path>/DequantizeLinear`: the numbers are
-  right, the GEMM is not fused.
+  right, the GEMM is not fused. Where linears share a two-dimensional input, as experts do, one such layer holds the
+  codes of all of them under the name of one; the GEMM that reads it names every MatMul.
 * Without the barrier of the lowering (see `rewrite`) a block-quantized weight is unpacked to Int8, multiplied over all
   of `in`, and scaled afterwards by a constant of the wrong length. Nothing warns; the numbers are wrong.
 * A linear that the plugin runs is one layer of type `custom_layer` (`PluginV3` in TensorRT proper) that names its node
@@ -152,7 +153,7 @@ def check_layers(
     problems: list[str] = []
     for layer in layers:
         if layer.int4_codes:
-            owners = _owners(layer, quantized)
+            owners = _owners(layer, quantized, layers)
             for path in owners:
                 holders[path].append(layer)
             problems += [*_size_problems(layer, owners, quantized), *_unpacking_problems(layer, owners, layers)]
@@ -206,11 +207,18 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
     )
 
 
-def _owners(layer: EngineLayer, quantized: Mapping[str, int]) -> list[str]:
+def _owners(layer: EngineLayer, quantized: Mapping[str, int], layers: Sequence[EngineLayer]) -> list[str]:
     """Linears whose codes a layer holds: those whose MatMul or plugin it runs; without any, those it dequantizes."""
     computed = [*_paths(layer.onnx_nodes, _MATMUL), *_paths(layer.onnx_nodes, _PLUGIN)]
-    paths = computed if any(path in quantized for path in computed) else _paths(layer.onnx_nodes, _DEQUANTIZE)
-    return [path for path in dict.fromkeys(paths) if path in quantized]
+    if any(path in quantized for path in computed):
+        return [path for path in dict.fromkeys(computed) if path in quantized]
+    written = {output.name for output in layer.outputs}
+    readers = [other for other in layers if written & {tensor.name for tensor in other.inputs}]
+    multiplied = dict.fromkeys(path for reader in readers for path in _paths(reader.onnx_nodes, _MATMUL))
+    merged = [path for path in multiplied if path in quantized]
+    if sum(quantized[path] for path in merged) == layer.int4_codes:
+        return merged
+    return [path for path in dict.fromkeys(_paths(layer.onnx_nodes, _DEQUANTIZE)) if path in quantized]
 
 
 def _paths(nodes: Iterable[str], operator: re.Pattern[str]) -> list[str]:

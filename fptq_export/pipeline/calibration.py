@@ -80,6 +80,7 @@ def calibrate(
     batches = _batches(checkpoint, options)
     paths = [linear.path for linear in sites.linears]
     stays_float = set(float_paths(paths, options.exclude, options.precision))
+    stays_float.update(linear.path for linear in sites.linears if linear.float_reason is not None)
     linears = [path for path in paths if path not in stays_float]
     if not linears:
         reasons = "; ".join(dict.fromkeys(linear.reason for linear in sites.unmatched)) or "all are excluded"

@@ -168,7 +168,7 @@ class _Road:
         def run() -> None:
             trace(
                 checkpoint.config,
-                {name: (entry.file, entry.key) for name, entry in checkpoint.tensors.items()},
+                {name: entry.stored for name, entry in checkpoint.tensors.items()},
                 self._options.dtype,
                 self._dir.model,
                 self._dir.sites,

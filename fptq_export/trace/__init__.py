@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
+from fptq_export.stored_tensor import StoredTensor
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
 from fptq_export.trace.expand_gemm import expand_gemm
 from fptq_export.trace.find_sites import sites_from_graph
-from fptq_export.trace.weights import StoredTensor, attach_weights, transpose_linear_weights
+from fptq_export.trace.weights import attach_weights, transpose_linear_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,7 +35,7 @@ def trace(
 
     Args:
         config: Config of the model.
-        weights: Tensor name -> safetensors file and the tensor's name in it.
+        weights: Tensor name -> where it is stored; experts have a tensor for each projection, however they are stored.
         dtype: `fp16`, `bf16` or `fp32`.
         model_path: Where `model.onnx` goes; its weights go to `model.onnx.data` beside it.
         sites_path: Where `sites.json` goes.
@@ -58,7 +59,7 @@ def trace(
         expand_gemm(graph)
         transpose_linear_weights(graph)
         clean_up(graph)
-        sites = sites_from_graph(graph, traced.linears)
+        sites = sites_from_graph(graph, traced.linears, traced.roles)
         strip_trace_metadata(graph)
     with progress.task("Writing the weights", total=None, unit="tensors") as task:
         write_weights(graph, data_path(model_path), lambda done, total: task.update(done, total))

@@ -1,7 +1,7 @@
 """Shrink what torch's exporter writes: fold shape arithmetic, drop what does nothing, name what people look for.
 
-Only library passes run here. Parameters are never folded: the rewrites look for them by name, and `Transpose` of a
-weight is a layout decision that `weights.transpose_linear_weights` takes.
+Library passes, and one of our own. Parameters are never folded: the rewrites look for them by name, and `Transpose` of
+a weight is a layout decision that `weights.transpose_linear_weights` takes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import rewrite
 
 from fptq_export.policy import GROUP_SIZES
+from fptq_export.trace.drop_idle_reshapes import drop_idle_reshapes
 from fptq_export.trace.weights import is_parameter
 
 __all__ = ["clean_up", "strip_trace_metadata"]
@@ -43,6 +44,7 @@ def clean_up(model: ir.Model) -> None:
         rewrite(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common.DeduplicateInitializersPass(size_limit=_MERGE_ELEMENTS)(model)
+    drop_idle_reshapes(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.OutputFixPass()(model)

@@ -7,6 +7,7 @@ mapping, for any architecture.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ __all__ = ["LinearNode", "find_linears", "name_linear_nodes", "only_reader"]
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _WRAPPER_PREFIX = "wrapped."
+_FROM_THE_START = re.compile(r"\.slice\(None, \d+, None\)")
+"""How the exporter writes `layers[:n]` in a path: the first modules of a list, under the numbers they have in it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def find_linears(
 
 def _module_path(node: ir.Node) -> str:
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "[]"))
-    return str(scopes[-2]).removeprefix(_WRAPPER_PREFIX) if len(scopes) >= 2 else ""
+    return _FROM_THE_START.sub("", str(scopes[-2])).removeprefix(_WRAPPER_PREFIX) if len(scopes) >= 2 else ""
 
 
 def _linear_node(path: str, matmul: ir.Node, in_features: int, out_features: int) -> LinearNode | str:

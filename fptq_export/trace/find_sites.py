@@ -11,21 +11,29 @@ from fptq_export.sites import FoldSite, Linear, Sites, UnmatchedLinear
 from fptq_export.trace.find_extension_sites import extension_site
 from fptq_export.trace.find_fold_sites import fold_site_or_reason
 from fptq_export.trace.find_linears import LinearNode, find_linears, name_linear_nodes
+from fptq_export.trace.model_linears import LinearRole
 
 __all__ = ["sites_from_graph"]
 
 
-def sites_from_graph(model: ir.Model, modules: Mapping[str, tuple[int, int]]) -> Sites:
+_NO_ROLE = LinearRole()
+
+
+def sites_from_graph(
+    model: ir.Model, modules: Mapping[str, tuple[int, int]], roles: Mapping[str, LinearRole] | None = None
+) -> Sites:
     """Find every linear of a traced graph, what it shares its input with, and where that can be equalized.
 
     Args:
         model: Traced and cleaned graph, with the exporter's metadata. The nodes of each linear are renamed after its
             torch path.
         modules: Torch path -> (in_features, out_features) of every linear of the model.
+        roles: What is special about some of them.
 
     Raises:
         UserError: The graph has no linear at all.
     """
+    roles = roles or {}
     linears, unmatched = find_linears(model, modules)
     if not linears:
         raise UserError("model", "has no linear layer that could be quantized", "export a transformer")
@@ -40,16 +48,20 @@ def sites_from_graph(model: ir.Model, modules: Mapping[str, tuple[int, int]]) ->
         if not isinstance(outcome[key], FoldSite)
     ]
     return Sites(
-        linears=tuple(_linear_entry(linear, outcome[id(linear.input)]) for linear in linears.values()),
+        linears=tuple(
+            _linear_entry(linear, outcome[id(linear.input)], roles.get(path, _NO_ROLE))
+            for path, linear in linears.items()
+        ),
         fold_sites=tuple(found for found in (*outcome.values(), *extensions) if isinstance(found, FoldSite)),
         unmatched=tuple(
             UnmatchedLinear(path=path, in_features=modules[path][0], out_features=modules[path][1], reason=reason)
             for path, reason in unmatched.items()
+            if roles.get(path, _NO_ROLE).is_linear
         ),
     )
 
 
-def _linear_entry(linear: LinearNode, outcome: FoldSite | str) -> Linear:
+def _linear_entry(linear: LinearNode, outcome: FoldSite | str, role: LinearRole) -> Linear:
     if linear.matmul.name is None or linear.weight.name is None or linear.input.name is None:
         raise RuntimeError(f"a node or value of {linear.path} has no name")
     return Linear(
@@ -63,4 +75,6 @@ def _linear_entry(linear: LinearNode, outcome: FoldSite | str) -> Linear:
         input=linear.input.name,
         site=outcome.id if isinstance(outcome, FoldSite) else None,
         no_site_reason=None if isinstance(outcome, FoldSite) else outcome,
+        expert=role.expert,
+        float_reason=role.float_reason,
     )

@@ -23,9 +23,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from fptq_export.errors import UserError
+from fptq_export.experts.unstack import unstack_experts
+from fptq_export.trace.model_linears import LinearRole, linears_from_model, roles_from_model
 
 __all__ = ["OPSET", "TORCH_DTYPES", "TracedModel", "traced_from_config"]
 
@@ -53,12 +54,14 @@ class TracedModel:
         buffers: Values of buffers that no checkpoint holds (rotary frequencies), by torch path.
         tied: Parameter path -> path of the parameter it shares storage with.
         linears: Every linear of the model, torch path -> (in_features, out_features).
+        roles: What is special about some of them.
     """
 
     graph: ir.Model
     buffers: Mapping[str, NDArray[np.generic]]
     tied: Mapping[str, str]
     linears: Mapping[str, tuple[int, int]]
+    roles: Mapping[str, LinearRole]
 
 
 class _FlatCausalLM(nn.Module):
@@ -109,6 +112,7 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode, torch.no_grad(), _quiet():
         model = _empty_model(config, torch_dtype, trust_remote_code)
+        unstack_experts(model, static=True)
         _refuse_stacked_weights(model)
         with _user_errors_from_torch(model):
             past = _sample_past(model, torch_dtype)
@@ -116,7 +120,11 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
     _name_initializers(graph)
     _name_dimensions(graph)
     return TracedModel(
-        graph, _buffers(config, torch_dtype, trust_remote_code), _tied_parameters(model), _linears(model)
+        graph,
+        _buffers(config, torch_dtype, trust_remote_code),
+        _tied_parameters(model),
+        linears_from_model(model),
+        roles_from_model(model),
     )
 
 
@@ -145,7 +153,7 @@ def _user_errors_from_torch(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_stacked_weights(model: nn.Module) -> None:
-    """Experts that are one tensor for all of them are no linears: they would stay in float without a word."""
+    """What `unstack_experts` leaves stacked is no linear: it would stay in float without a word."""
     stacked = [name for name, parameter in model.named_parameters() if parameter.dim() > _MATRIX_RANK]
     if stacked:
         raise UserError(
@@ -263,16 +271,6 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
         if first_name.setdefault(id(parameter), name) != name:
             tied[name] = first_name[id(parameter)]
     return tied
-
-
-def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Every `nn.Linear`, and GPT-2's `Conv1D`, which stores its weight [in, out]."""
-    shapes = {
-        path: tuple(module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-    return {path: (in_features, out_features) for path, (in_features, out_features) in shapes.items()}
 
 
 @contextmanager

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from fptq_export.errors import UserError
 from fptq_export.graph_io import lazy_tensor
+from fptq_export.stored_tensor import StoredTensor
 
-__all__ = ["StoredTensor", "attach_weights", "is_parameter", "transpose_linear_weights"]
-
-StoredTensor = tuple[Path, str]
-"""A safetensors file and the tensor's name in it."""
+__all__ = ["attach_weights", "is_parameter", "transpose_linear_weights"]
 
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 """torch's exporter notes here whether an initializer is a parameter, a buffer or a constant of the code."""
@@ -39,7 +35,7 @@ def attach_weights(
 
     Args:
         model: Traced graph; changed in place.
-        files: Tensor name -> where a safetensors file holds it.
+        files: Tensor name -> where it is stored.
         buffers: Values that no file holds.
         tied: Parameter path -> path of the parameter it shares storage with.
 
@@ -73,16 +69,9 @@ def is_parameter(value: ir.Value) -> bool:
 
 def _tensor_from_file(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
     def read() -> NDArray[np.generic]:
-        return _read_safetensor(stored).astype(_NUMPY_DTYPES[dtype], copy=False)
+        return stored.read().astype(_NUMPY_DTYPES[dtype], copy=False)
 
     return lazy_tensor(name, dtype, shape, read)
-
-
-def _read_safetensor(stored: StoredTensor) -> NDArray[np.generic]:
-    file, key = stored
-    with safe_open(str(file), framework="np") as tensors:
-        array: NDArray[np.generic] = tensors.get_tensor(key)
-    return array
 
 
 def transpose_linear_weights(model: ir.Model) -> bool:

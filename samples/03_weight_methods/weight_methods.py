@@ -249,7 +249,7 @@ def traced_sites(checkpoint: Checkpoint, workdir: Path, progress: Progress) -> S
     if path.is_file():
         return read_sites(path)
     workdir.mkdir(parents=True, exist_ok=True)
-    weights = {name: (entry.file, entry.key) for name, entry in checkpoint.tensors.items()}
+    weights = {name: entry.stored for name, entry in checkpoint.tensors.items()}
     return trace(checkpoint.config, weights, "fp16", workdir / "model.onnx", path, progress)
 
 

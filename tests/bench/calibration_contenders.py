@@ -58,7 +58,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], object]:
         )
         sites = options.workdir / _SITES_FILE
         if not sites.is_file():
-            weights = {name: (entry.file, entry.key) for name, entry in checkpoint.tensors.items()}
+            weights = {name: entry.stored for name, entry in checkpoint.tensors.items()}
             trace(checkpoint.config, weights, "fp16", options.workdir / "model.onnx", sites, NoProgress())
         sizes = CalibrationOptions(dataset=options.calib_dataset, size=options.calib_size, seq=options.calib_seq)
         tokenizer = None if options.calib_dataset == "random" else tokenizer_from_checkpoint(checkpoint)

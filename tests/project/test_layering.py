@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
     {
-        *("cpu", "errors", "files", "graph_io", "memory", "numerics", "options"),
-        *("packing", "policy", "progress", "roofline", "sites", "sources", "tensor_writer"),
+        *("cpu", "errors", "experts", "files", "graph_io", "memory", "numerics", "options"),
+        *("packing", "policy", "progress", "roofline", "sites", "sources", "stored_tensor", "tensor_writer"),
     }
 )
 DRIVERS = frozenset({"__main__", "cli", "evaluate", "pipeline"})

@@ -13,12 +13,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from fptq_export.progress import NoProgress
 from fptq_export.sites import Sites, read_sites
+from fptq_export.stored_tensor import StoredTensor
 from fptq_export.trace import trace
-from fptq_export.trace.weights import StoredTensor
 
 __all__ = [
     "FP32_LOGITS",
@@ -61,10 +60,11 @@ class Traced:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Tensor name -> file and name in it, of a checkpoint in one file."""
-    file = directory / "model.safetensors"
-    with safe_open(str(file), framework="np") as tensors:
-        return {name: (file, name) for name in tensors.keys()}  # noqa: SIM118  safe_open is no mapping
+    """Tensor name -> where it is stored."""
+    from calib.load import checkpoint_from_directory
+
+    tensors = checkpoint_from_directory(directory, directory.name).tensors
+    return {name: entry.stored for name, entry in tensors.items()}
 
 
 def traced_once(directory: Path, dtype: str) -> Traced:

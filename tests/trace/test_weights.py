@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fptq_export.errors import UserError
-from fptq_export.trace.weights import StoredTensor, attach_weights, is_parameter, transpose_linear_weights
+from fptq_export.stored_tensor import StoredTensor
+from fptq_export.trace.weights import attach_weights, is_parameter, transpose_linear_weights
 
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
@@ -69,7 +70,7 @@ def test_buffers_come_from_the_model(tmp_path: Path) -> None:
 def test_tied_parameters_are_found_under_either_name(tmp_path: Path, stored: str, read: str) -> None:
     """Checkpoints keep a tied tensor under one of its two names; the graph may ask for the other."""
     save_file({stored: np.ones((2, 3), np.float16)}, tmp_path / "model.safetensors")
-    files: dict[str, StoredTensor] = {stored: (tmp_path / "model.safetensors", stored)}
+    files: dict[str, StoredTensor] = {stored: StoredTensor(tmp_path / "model.safetensors", stored)}
     model = _model(**{read: "PARAMETER"})
     attach_weights(model, files, {}, {"head": "embedding"})
     np.testing.assert_array_equal(_value(model, read), np.ones((2, 3), np.float16))
