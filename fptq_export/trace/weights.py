@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -21,12 +20,6 @@ StoredTensor = tuple[Path, str]
 
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 """torch's exporter notes here whether an initializer is a parameter, a buffer or a constant of the code."""
-
-_NUMPY_DTYPES: dict[ir.DataType, np.dtype[np.generic]] = {
-    ir.DataType.FLOAT: np.dtype(np.float32),
-    ir.DataType.FLOAT16: np.dtype(np.float16),
-    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-}
 
 
 def attach_weights(
@@ -73,7 +66,7 @@ def is_parameter(value: ir.Value) -> bool:
 
 def _tensor_from_file(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
     def read() -> NDArray[np.generic]:
-        return _read_safetensor(stored).astype(_NUMPY_DTYPES[dtype], copy=False)
+        return _read_safetensor(stored).astype(dtype.numpy(), copy=False)
 
     return lazy_tensor(name, dtype, shape, read)
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
     {
         *("cpu", "errors", "files", "graph_io", "memory", "numerics", "options"),
-        *("packing", "policy", "progress", "roofline", "sites", "sources", "tensor_writer"),
+        *("packing", "policy", "progress", "roofline", "sites", "sources", "tasks", "tensor_writer"),
     }
 )
 DRIVERS = frozenset({"__main__", "cli", "evaluate", "pipeline"})
