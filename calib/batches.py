@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.documents import SOURCES_HINT, documents_from_source
-from calib.text import calibration_text, held_out_text
+from calib.padding import PADDING
+from calib.rows import rows_from_documents
+from calib.text import calibration_text, held_out_sentences, held_out_text
 from fptq_export.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ class TokenBatches:
     """Windows of token ids."""
 
     tokens: NDArray[np.int64]
-    """[size, seq]."""
+    """[size, seq]; an encoder's rows end with `PADDING` where they are shorter."""
     description: str
     """Where they come from, for people."""
     sha256: str
@@ -120,8 +122,8 @@ class TokenBatches:
 
     @property
     def count(self) -> int:
-        """Tokens in all."""
-        return int(self.tokens.size)
+        """Tokens in all, without padding."""
+        return int((self.tokens != PADDING).sum())
 
 
 def auto_batch_size(seq: int) -> int:
@@ -130,18 +132,24 @@ def auto_batch_size(seq: int) -> int:
 
 
 def token_batches(
-    options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+    options: CalibrationOptions,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    *,
+    encoder: bool = False,
 ) -> TokenBatches:
     """Make the windows that calibration runs.
 
     Text is tokenized as one stream and cut into contiguous windows that do not overlap. When there are more than
     `options.size`, the seed draws among them; when there are fewer, all are used and the description says so. A window
-    starts with the token that the tokenizer itself starts a text with, if it does.
+    starts with the token that the tokenizer itself starts a text with, if it does. For an encoder every document is a
+    row of its own (`rows_from_documents`), of at most as many tokens.
 
     Args:
         options: Source, sizes and seed.
         tokenizer: Needed for text; token ids and random tokens do without.
         vocab_size: Rows of the model's embedding.
+        encoder: Whether the model reads whole texts between special tokens.
 
     Raises:
         UserError: The source is unknown or unreadable, holds less than one window, or ids lie outside the vocabulary.
@@ -153,7 +161,7 @@ def token_batches(
         what = f"uniform over a vocabulary of {vocab_size}, seed {options.seed}"
         return TokenBatches(tokens, f"random: {options.size} x {options.seq} tokens, {what}", _sha256(tokens))
     windows = _windows_from_source(
-        options.dataset, options.seq, options.seed, options.size, tokenizer, vocab_size, _CALIBRATION
+        options.dataset, options.seq, options.seed, options.size, tokenizer, vocab_size, _CALIBRATION, encoder=encoder
     )
     found = len(windows)
     description = f"{options.dataset}: {min(found, options.size)} x {options.seq} tokens"
@@ -167,25 +175,28 @@ def token_batches(
 
 
 def evaluation_batches(
-    options: TextOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
+    options: TextOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, *, encoder: bool = False
 ) -> TokenBatches:
     """The first windows of a text, in order: no draw, so that a longer evaluation holds a shorter one.
 
-    Built-in text is the half that calibration never sees; its windows are those of `held_out_windows`.
+    Built-in text is the half that calibration never sees; its windows are those of `held_out_windows`, and for an
+    encoder its sentences, each a row.
 
     Args:
         options: Source and sizes.
         tokenizer: Needed for text; token ids do without.
         vocab_size: Rows of the model's embedding.
+        encoder: Whether the model reads whole texts between special tokens.
 
     Raises:
         UserError: The source is unknown or unreadable, holds less than one window, or ids lie outside the vocabulary.
     """
     limit = options.windows or None
     windows = _windows_from_source(
-        options.source, options.seq, options.seed, limit, tokenizer, vocab_size, _EVALUATION
+        options.source, options.seq, options.seed, limit, tokenizer, vocab_size, _EVALUATION, encoder=encoder
     )[:limit]
-    description = f"{options.source}: {len(windows)} x {options.seq} tokens"
+    what = f"{len(windows)} texts of up to" if encoder else f"{len(windows)} x"
+    description = f"{options.source}: {what} {options.seq} tokens"
     if limit is None:
         description += ", all there is"
     elif len(windows) < limit:
@@ -220,14 +231,33 @@ def _windows_from_source(
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
     names: _Names,
+    *,
+    encoder: bool,
 ) -> NDArray[np.int64]:
     """Windows of a file (all), of the built-in text (all) or of a data set (at most `limit`): [n, seq]."""
+    where = f"{names.source} {source}"
     if Path(source).suffix == ".npz":
         windows = _windows_from_npz(Path(source), seq, names)
+    elif encoder:
+        known = _required(tokenizer, source, names)
+        windows = rows_from_documents(_documents(source, seed, names), known, seq, _limit(source, limit), where)
     else:
         windows = _windows_from_text(source, seq, seed, limit, _required(tokenizer, source, names), names)
-    _check_ids(windows, vocab_size, f"{names.source} {source}")
+    padded = encoder and Path(source).suffix != ".npz"
+    _check_ids(windows[windows != PADDING] if padded else windows, vocab_size, where)
     return windows
+
+
+def _documents(source: str, seed: int, names: _Names) -> Iterator[str]:
+    """What an encoder reads, a text a row; the calibration half of the built-in text is one long document."""
+    if source != "builtin":
+        return documents_from_source(source, seed)
+    return iter(held_out_sentences() if names is _EVALUATION else [calibration_text()])
+
+
+def _limit(source: str, limit: int | None) -> int | None:
+    """How much to read: a data set may have no end, and comes shuffled; files are read whole."""
+    return None if source == "builtin" or Path(source).suffix in (".txt", ".jsonl") else limit
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None, source: str, names: _Names) -> PreTrainedTokenizerBase:
@@ -245,10 +275,8 @@ def _windows_from_text(
         texts = iter([held_out_text() if names is _EVALUATION else f"{calibration_text()}\n\n"])
     else:
         texts = (f"{document}\n\n" for document in documents_from_source(source, seed))
-    # A data set may have no end: it comes shuffled, and is read until there is enough.
-    endless = source != "builtin" and Path(source).suffix not in (".txt", ".jsonl")
     tokens = (token for text in texts for token in _text_tokens(tokenizer, text))
-    windows = _cut(tokens, seq, _start_tokens(tokenizer), limit if endless else None)
+    windows = _cut(tokens, seq, _start_tokens(tokenizer), _limit(source, limit))
     if len(windows) == 0:
         cause = f"too short: not even one window of {seq} tokens"
         raise UserError(f"{names.source} {source}", cause, f"give more text or a smaller {names.seq}")

@@ -80,7 +80,7 @@ def _check_has_linears(checkpoint: Checkpoint) -> None:
         raise UserError(
             str(checkpoint.directory),
             f"{type(skeleton).__name__} has no linear layer to quantize",
-            "give a transformer language model",
+            "give a transformer",
         )
 
 

@@ -18,16 +18,18 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from calib.expert_tensors import entries_of_linears, may_hold_experts
 from calib.gguf import directory_from_gguf
 from calib.hub import directory_from_hub
 from calib.quiet import quiet_transformers
 from calib.tensor_files import TensorEntry, tensor_entries_from_directory
+from calib.tensor_names import is_outside_body, tensors_of_causal_lm, tensors_of_encoder
 from fptq_export.errors import UserError
 from fptq_export.experts.unstack import stacked_experts, unstack_experts
 from fptq_export.progress import Progress
+from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, auto_class, build_options, task_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,15 +74,20 @@ class Checkpoint:
     """Directory name, hub id or GGUF file name without its suffix."""
     config: PreTrainedConfig
     tensors: Mapping[str, TensorEntry]
-    """By torch path of the causal LM, also where the file leaves the base model's prefix out."""
+    """By torch path of the causal LM, also where the file leaves the base model's prefix out; of an encoder, by torch
+    path of its body, and those of the body only."""
     trust_remote_code: bool = False
     given: GivenWeights | None = None
     """INT4 codes that came with the model; the tensors are then those codes, dequantized."""
     unstacked: bool = False
     """The model has experts, which are linears here; `tensors` name them so, however the files hold them."""
+    task: Task = CAUSAL_LM
+    """What the model is opened as."""
 
 
-def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool, progress: Progress) -> Checkpoint:
+def checkpoint_from_model(
+    model: str, *, workdir: Path, trust_remote_code: bool, progress: Progress, task: Task | None = None
+) -> Checkpoint:
     """Open what a user calls a model.
 
     Args:
@@ -88,42 +95,50 @@ def checkpoint_from_model(model: str, *, workdir: Path, trust_remote_code: bool,
         workdir: Where a GGUF file or a quantized checkpoint is dequantized, once, into `checkpoint/`.
         trust_remote_code: Run Python code that comes with the model.
         progress: Where downloads and conversions are reported.
+        task: What to open it as; None takes what its config says.
 
     Raises:
         UserError: Nothing of that name can be opened; the message says what was tried.
     """
     path = Path(model)
     if path.is_dir():
-        return _checkpoint_from_float_or_quantized(path, path.resolve().name, workdir, trust_remote_code, progress)
+        return _checkpoint_from_float_or_quantized(
+            path, path.resolve().name, workdir, trust_remote_code, progress, task
+        )
     if path.suffix == ".gguf":
         directory = directory_from_gguf(path, workdir / "checkpoint", progress=progress)
-        return checkpoint_from_directory(directory, path.stem)
+        return checkpoint_from_directory(directory, path.stem, task=task)
     if path.exists():
         raise UserError(model, "neither a directory nor a .gguf file", "give the directory that holds config.json")
     if not _HUB_ID.fullmatch(model):
         raise UserError(model, "no such directory", "give a Hugging Face directory, a hub id or a .gguf file")
     directory = directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
-    return _checkpoint_from_float_or_quantized(directory, model, workdir, trust_remote_code, progress)
+    return _checkpoint_from_float_or_quantized(directory, model, workdir, trust_remote_code, progress, task)
 
 
 def _checkpoint_from_float_or_quantized(
-    directory: Path, name: str, workdir: Path, trust_remote_code: bool, progress: Progress
+    directory: Path, name: str, workdir: Path, trust_remote_code: bool, progress: Progress, task: Task | None
 ) -> Checkpoint:
     # Readers of other formats open checkpoints through this module.
     from calib.given import GIVEN_ARRAYS, GivenWeights
     from calib.interchange import directory_from_quantized, quantization_from_directory
 
     if quantization_from_directory(directory) is None:
-        return checkpoint_from_directory(directory, name, trust_remote_code=trust_remote_code)
+        return checkpoint_from_directory(directory, name, trust_remote_code=trust_remote_code, task=task)
     target, given = directory_from_quantized(
         directory, workdir / "checkpoint", trust_remote_code=trust_remote_code, progress=progress
     )
-    checkpoint = checkpoint_from_directory(target, name, trust_remote_code=trust_remote_code)
+    checkpoint = checkpoint_from_directory(target, name, trust_remote_code=trust_remote_code, task=task)
     return replace(checkpoint, given=GivenWeights(given, target / GIVEN_ARRAYS))
 
 
 def checkpoint_from_directory(
-    directory: Path, name: str, *, trust_remote_code: bool = False, quantized: bool = False
+    directory: Path,
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    quantized: bool = False,
+    task: Task | None = None,
 ) -> Checkpoint:
     """Open a Hugging Face directory: config and tensor headers.
 
@@ -132,16 +147,23 @@ def checkpoint_from_directory(
         name: What the model is called.
         trust_remote_code: Run Python code that comes with the model.
         quantized: Open a checkpoint with a `quantization_config` too; its tensors are those of its format.
+        task: What to open it as; None takes what its config says.
 
     Raises:
         UserError: The config or a weight file is missing or unreadable, or the model is not one this tool can quantize.
         UserErrors: The shard index is wrong.
     """
     config = _read_config(directory, trust_remote_code, quantized)
+    found = _task(config, task, directory, trust_remote_code=trust_remote_code)
+    if quantized and found == ENCODER:
+        cause = "is a quantized checkpoint of an encoder, and those of language models only are read"
+        raise UserError(str(directory), cause, "give the original FP16, BF16 or FP32 model")
     entries = tensor_entries_from_directory(directory)
-    named = _with_base_model_prefix(entries, config)
-    checkpoint = Checkpoint(directory, name, config, named, trust_remote_code)
-    return checkpoint if quantized or not may_hold_experts(named) else _with_unstacked_experts(checkpoint)
+    checkpoint = Checkpoint(directory, name, config, entries, trust_remote_code, task=found)
+    if found == ENCODER:
+        return replace(checkpoint, tensors=tensors_of_encoder(entries, skeleton_from_checkpoint(checkpoint)))
+    checkpoint = replace(checkpoint, tensors=tensors_of_causal_lm(entries, config))
+    return checkpoint if quantized or not may_hold_experts(checkpoint.tensors) else _with_unstacked_experts(checkpoint)
 
 
 def _with_unstacked_experts(checkpoint: Checkpoint) -> Checkpoint:
@@ -151,6 +173,19 @@ def _with_unstacked_experts(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     tensors = entries_of_linears(checkpoint.tensors, model, experts)
     return replace(checkpoint, tensors=tensors, unstacked=True)
+
+
+def _task(config: PreTrainedConfig, wanted: Task | None, directory: Path, *, trust_remote_code: bool) -> Task:
+    task = task_from_config(config, wanted, trust_remote_code=trust_remote_code)
+    if task is not None:
+        return task
+    names = {CAUSAL_LM: "causal language model", ENCODER: "encoder"}
+    missing = names[wanted] if wanted is not None else " and no ".join(names.values())
+    raise UserError(
+        str(directory / "config.json"),
+        f"transformers has no {missing} for model_type {config.model_type!r}",
+        "give a decoder-only language model or an encoder",
+    )
 
 
 def _read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> PreTrainedConfig:
@@ -173,10 +208,6 @@ def _read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> P
     if raw.get("transformers_weights") is not None:
         cause = "it names its weight file (transformers_weights), which would bypass the checks"
         raise UserError(str(file), cause, "rename that file to model.safetensors and remove the entry")
-    remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        cause = f"transformers has no causal language model for model_type {config.model_type!r}"
-        raise UserError(str(file), cause, "give a decoder-only language model")
     return config
 
 
@@ -189,17 +220,6 @@ def _config_hint(error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"
-
-
-def _with_base_model_prefix(entries: Mapping[str, TensorEntry], config: PreTrainedConfig) -> dict[str, TensorEntry]:
-    """Name tensors as the causal LM does: checkpoints saved from the bare model leave its prefix out."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return dict(entries)
-    model_type: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    prefix = f"{model_type.base_model_prefix}."
-    if any(name.startswith(prefix) for name in entries):
-        return dict(entries)
-    return {prefix + name: entry for name, entry in entries.items()}
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -255,8 +275,10 @@ def skeleton_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel:
 
 def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     with _build_errors_as_user_errors(checkpoint), quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            checkpoint.config, trust_remote_code=checkpoint.trust_remote_code
+        model: PreTrainedModel = auto_class(checkpoint.task).from_config(
+            checkpoint.config,
+            trust_remote_code=checkpoint.trust_remote_code,
+            **build_options(checkpoint.config, checkpoint.task),
         )
     return model
 
@@ -283,7 +305,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrai
 def _unstacked_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Built and filled here, because transformers would stack the experts, which copies them all."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(checkpoint.task).from_config(
             checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
         )
     unstack_experts(model, static=False)
@@ -322,6 +344,7 @@ def disagreement_from_checkpoint(checkpoint: Checkpoint) -> Disagreement:
     """Match tensor names and shapes with the model, on the meta device: no data is read.
 
     transformers does the matching, so renamed, fused and tied tensors are understood as they are when the model loads.
+    Of an encoder only the body counts, and buffers that it computes itself need not be stored.
 
     Raises:
         UserError: transformers cannot build a model from the config.
@@ -331,17 +354,22 @@ def disagreement_from_checkpoint(checkpoint: Checkpoint) -> Disagreement:
             checkpoint, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
     mismatched = ((name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"])
-    return Disagreement(
-        tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])), tuple(sorted(mismatched))
-    )
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    if checkpoint.task == ENCODER:
+        body = skeleton_from_checkpoint(checkpoint)
+        buffers = {name for name, _ in body.named_buffers()}
+        missing = {name for name in missing if name not in buffers}
+        unexpected = {name for name in unexpected if not is_outside_body(name, body)}
+    return Disagreement(tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(sorted(mismatched)))
 
 
 def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(checkpoint.task).from_pretrained(
         checkpoint.directory,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=checkpoint.trust_remote_code,
+        **build_options(checkpoint.config, checkpoint.task),
         **options,
     )
 

@@ -72,7 +72,7 @@ def observe(
     Args:
         load: Gives the model, lazily; only one decoder block is in memory at a time. Parts that no observed linear
             belongs to (the head) are not run.
-        batches: Tokens, [size, seq], the same on every rank.
+        batches: Tokens, [size, seq], the same on every rank; padding is not counted.
         linears: Torch paths of the linears to observe.
         progress: Reports tokens of this rank, counted once for each block.
         batch_size: Windows a forward pass; 0 chooses. The result does not depend on it, up to the order of float sums.
@@ -97,7 +97,7 @@ def observe(
         head = not all(path.startswith(base) for path in linears)
         hidden = execution.hidden_states()
         stream = BlockStream(load, tokens, size, head=head, device=execution.device, hidden=hidden)
-    inputs = _Inputs(batches, hessians, {} if histograms else None)
+    inputs = _Inputs(batches, hessians, lambda: stream.real_tokens, {} if histograms else None)
     in_blocks = _linears_by_block(linears, stream)
     with progress.task("calibrate", tokens.numel() * max(stream.count, 1), unit="tokens x blocks") as task:
         task.advance(_go_on(stream, inputs, execution) * tokens.numel())
@@ -154,18 +154,23 @@ class _Inputs:
     batches: TokenBatches
     """Of all ranks."""
     sink: HessianSink | None
+    real_tokens: Callable[[], torch.Tensor | None]
+    """Where the batch that runs has tokens, and not padding; None where everywhere."""
     histograms: dict[str, Histogram] | None = None
     """None where they are not wanted."""
     absmax: dict[str, torch.Tensor] = field(default_factory=dict)
     _hessians: dict[str, torch.Tensor] = field(default_factory=dict)
     _tensor: torch.Tensor | None = None
+    _rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """What counts of it."""
     _reduced: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     _counted: Histogram | None = None
 
     def update(self, path: str, x: torch.Tensor) -> None:
         """Take in one input, [..., in]."""
         if x is not self._tensor:
-            self._tensor, self._reduced, self._counted = x, _channel_absmax(x), None
+            self._tensor, self._rows = x, _rows_of_tokens(path, x, self.real_tokens())
+            self._reduced, self._counted = _channel_absmax(self._rows), None
         if not self._reduced.isfinite().all():
             raise UserError(
                 f"layer {path}",
@@ -175,9 +180,9 @@ class _Inputs:
         seen = self.absmax.get(path)
         self.absmax[path] = self._reduced.clone() if seen is None else torch.maximum(seen, self._reduced)
         if self.histograms is not None:
-            self._count(path, x, self.histograms)
+            self._count(path, self._rows, self.histograms)
         if self.sink is not None and self.sink.owners[path] == path:
-            self._add_to_hessian(path, x.reshape(-1, x.shape[-1]))
+            self._add_to_hessian(path, self._rows.reshape(-1, x.shape[-1]))
 
     def expect(self, path: str, linear: nn.Module) -> None:
         """Know of a linear of an expert, though no token may have reached it: then all that is known is 0."""
@@ -193,7 +198,7 @@ class _Inputs:
 
     def forget_tensor(self) -> None:
         """Let go of the last tensor, so that its memory is free and its identity cannot be met again."""
-        self._tensor = None
+        self._tensor, self._rows = None, torch.empty(0)
 
     def finish(self, paths: Sequence[str], ranks: Ranks, device: torch.device) -> None:
         """Make what is known of linears that ran on a device that of all ranks, and hand on the complete Hessians."""
@@ -251,6 +256,17 @@ def _sum_of_ranks(histogram: Histogram, ranks: Ranks) -> Histogram:
     counts = torch.from_numpy(histogram.with_exponent(int(exponent)).counts)
     ranks.sum_(counts)
     return Histogram(counts.numpy(), int(exponent))
+
+
+def _rows_of_tokens(path: str, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """The rows of an input [..., in] that belong to tokens; all of it where nothing is padded."""
+    if real is None:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) != real.numel():
+        cause = f"reads {len(rows)} rows for {real.numel()} tokens, so nobody can say which of them are padding"
+        raise UserError(f"layer {path}", cause, "calibrate on windows of one length: an .npz of token ids")
+    return rows[real.reshape(-1).to(x.device)]
 
 
 def _channel_absmax(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A torch causal LM behind the interface that verification compares models through."""
+"""Torch models behind the interfaces that verification compares models through."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["TorchCausalSession"]
+__all__ = ["TorchCausalSession", "TorchEncoderSession"]
 
 
 class TorchCausalSession:
@@ -40,3 +40,23 @@ class TorchCausalSession:
             output = self._model(input_ids=torch.from_numpy(input_ids), past_key_values=cache, use_cache=True)
         logits: NDArray[np.float32] = output.logits.to(torch.float32).numpy()
         return logits, output.past_key_values
+
+
+class TorchEncoderSession:
+    """Tokens to hidden states; arrays in, arrays out.
+
+    Args:
+        model: The body, in eval mode.
+        name: For reports.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.name = name
+        self._model: Any = model
+
+    def hidden(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run texts: int64 [B, S] and a mask of 1 and 0 -> hidden states float32 [B, S, H]."""
+        with torch.inference_mode():
+            output = self._model(input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(attention_mask))
+        hidden: NDArray[np.float32] = output.last_hidden_state.to(torch.float32).numpy()
+        return hidden

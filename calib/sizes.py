@@ -16,6 +16,7 @@ from calib.precision import chosen_precisions
 from fptq_export.errors import UserError
 from fptq_export.policy import Precision
 from fptq_export.progress import Progress
+from fptq_export.tasks import Task
 
 __all__ = ["ModelSizes", "sizes_from_model"]
 
@@ -38,7 +39,13 @@ class ModelSizes:
 
 
 def sizes_from_model(
-    model: str, exclude: Sequence[str], precision: Sequence[str], progress: Progress, *, trust_remote_code: bool
+    model: str,
+    exclude: Sequence[str],
+    precision: Sequence[str],
+    progress: Progress,
+    *,
+    trust_remote_code: bool,
+    task: Task | None = None,
 ) -> ModelSizes:
     """Count the weights of a directory, a hub id or a GGUF file without reading or converting any.
 
@@ -58,6 +65,7 @@ def sizes_from_model(
         path.name,
         trust_remote_code=trust_remote_code,
         quantized=quantization_from_directory(directory) is not None,
+        task=task,
     )
     skeleton = skeleton_from_checkpoint(checkpoint)
     linears = linears_from_model(skeleton)

@@ -1,4 +1,4 @@
-"""Run a causal LM block by block: one decoder block and the hidden states of all windows are in memory, nothing else.
+"""Run a model block by block: one block and the hidden states of all windows are in memory, nothing else.
 
 Blocks run on any device; hidden states wait on the CPU, or in files where they exceed a limit. What lies outside the
 blocks (embedding, head) runs on the CPU. So a model larger than a GPU needs no map of devices.
@@ -21,6 +21,7 @@ from torch import nn
 
 from calib.devices import CPU
 from calib.hidden import HiddenStates
+from calib.padding import model_inputs, real_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class BlockStream:
 
     Args:
         load: Gives the model.
-        tokens: int64 [windows, seq].
+        tokens: int64 [windows, seq]; `PADDING` where a window is shorter.
         batch_size: Windows a forward pass. Results do not depend on it, up to the order of float sums.
         head: Whether `run_rest` runs the head too.
         device: Where blocks run.
@@ -82,6 +83,7 @@ class BlockStream:
         self._calls: list[list[_Call]] = [[] for _ in range(self.count)]
         self._hidden = HiddenStates() if hidden is None else hidden
         self._tuple_length: int | None = None
+        self._running = 0
         if self.count:
             self._record(model)
 
@@ -95,9 +97,15 @@ class BlockStream:
         self._hidden.restore(count)
         self._calls[:count] = [[] for _ in range(count)]
 
+    @property
+    def real_tokens(self) -> torch.Tensor | None:
+        """Where the batch that runs has tokens, bool [windows, seq]; None where everywhere."""
+        return real_tokens(self._batches[self._running])
+
     def replay(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Run a block on every batch that reached it and give its outputs; the stream stays where it is."""
         for batch, call in enumerate(self._calls[index]):
+            self._running = batch
             yield _hidden_from_output(_run(block, self._hidden.read(batch), call, self._device))
 
     def advance(self, index: int, block: nn.Module) -> Iterator[int]:
@@ -123,16 +131,17 @@ class BlockStream:
             outputs = map(self._hidden.read, range(len(self._hidden)))  # one for each batch, in the order they run
             blocks[-1].forward = lambda *_args, **_kwargs: self._as_output(next(outputs))
         prepare(model)
-        for ids in self._batches:
-            _run_body(body, ids)
+        for batch, tokens in enumerate(self._batches):
+            self._running = batch
+            _run_body(body, tokens)
 
     def _record(self, model: PreTrainedModel) -> None:
         """Run the tokens through blocks that hand on their input, and keep what each is called with."""
         body = self._outside_in_float32(model)
         for index, block in enumerate(_blocks(model, self.path)):
             block.forward = self._recorder(index)
-        for ids in self._batches:
-            _run_body(body, ids)
+        for tokens in self._batches:
+            _run_body(body, tokens)
 
     def _recorder(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -169,9 +178,9 @@ def _run(block: nn.Module, hidden: torch.Tensor, call: _Call, device: torch.devi
         return block(hidden, *call.args, **call.kwargs)
 
 
-def _run_body(body: nn.Module, ids: torch.Tensor) -> None:
+def _run_body(body: nn.Module, tokens: torch.Tensor) -> None:
     with torch.inference_mode():
-        body(input_ids=ids, use_cache=False)
+        body(**model_inputs(tokens, getattr(body, "config", None)), use_cache=False)
 
 
 def _hidden_from_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:

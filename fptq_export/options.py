@@ -26,6 +26,8 @@ class RunOptions(BaseModel):
     """Where the engine goes; None builds none."""
     target: str | None = None
     """`tensorrt`, `tensorrt-rtx`, `onnx`; None picks what this machine can build."""
+    task: Literal["auto", "causal-lm", "encoder"] = "auto"
+    """What the model is exported as; `auto` takes what its config says."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Type of everything that is not quantized."""
     rotate: bool = False
@@ -76,6 +78,13 @@ class RunOptions(BaseModel):
     eval_windows: PositiveInt = 8
     """Windows of held-out text for perplexity."""
     eval_seq: PositiveInt = 512
+    """Tokens in a window; of an encoder, most tokens in a text."""
+    eval_text: str = "builtin"
+    """Texts an encoder is compared on: `builtin`, a .txt, .jsonl or .npz file, or a datasets id."""
+    eval_sentences: PositiveInt = 200
+    """Texts an encoder is compared on."""
+    min_cosine: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Smallest mean cosine of an encoder's text embeddings; below it nothing is published."""
     decode_steps: PositiveInt = 16
     """Greedy decode steps compared with the cache carried."""
     max_ppl_increase: NonNegativeFloat | None = None

@@ -130,6 +130,8 @@ class Sites(_Model):
     linears: tuple[Linear, ...]
     fold_sites: tuple[FoldSite, ...]
     unmatched: tuple[UnmatchedLinear, ...] = ()
+    max_sequence: PositiveInt | None = None
+    """Most tokens of a sequence that the graph takes, where tracing found a limit (a table of positions)."""
 
     def linear(self, path: str) -> Linear:
         """The linear at a torch path. Raises KeyError when there is none."""

@@ -15,5 +15,6 @@ of the tokens, so that two runs can be told apart.
 from __future__ import annotations
 
 from calib.text.builtin import calibration_text, held_out_text
+from calib.text.sentences import held_out_sentences
 
-__all__ = ["calibration_text", "held_out_text"]
+__all__ = ["calibration_text", "held_out_sentences", "held_out_text"]

@@ -114,6 +114,9 @@ def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
+    group.add_argument(
+        "--task", metavar="NAME", help="auto, causal-lm or encoder (hidden states, no cache) [what config.json says]"
+    )
     group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
     group.add_argument(
         "--rotate",
@@ -209,6 +212,11 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-windows", type=int, metavar="N", help="windows of held-out text [8]")
     group.add_argument("--eval-seq", type=int, metavar="TOKENS", help="tokens in a window [512]")
     group.add_argument("--decode-steps", type=int, metavar="N", help="greedy steps with the cache carried [16]")
+    group.add_argument("--eval-text", metavar="DATA", help="encoders: builtin, a .txt, .jsonl or .npz file [builtin]")
+    group.add_argument("--eval-sentences", type=int, metavar="N", help="encoders: texts that are compared [200]")
+    group.add_argument(
+        "--min-cosine", type=float, metavar="X", help="encoders: 0.97; a lower mean cosine of embeddings is exit code 3"
+    )
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ from fptq_export.package.manifest import read_manifest
 from fptq_export.pipeline.environment import environment
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.progress import Progress
+from fptq_export.tasks import ENCODER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,9 @@ def _source(options: EvalOptions, workdir: Path, progress: Progress) -> Source:
         trust_remote_code=remote,
         progress=progress,
     )
+    if checkpoint.task == ENCODER:
+        cause = "is an encoder, which predicts no next token"
+        raise UserError(options.source, cause, "fptq-export verify DIR compares encoders")
     run = None if manifest is None else RunDirectory(directory)
     return Source(checkpoint, checkpoint.config.get_text_config().vocab_size, run, manifest)
 

@@ -30,9 +30,11 @@ from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.task_options import check_length
 from fptq_export.policy import LayerPolicy, Policy, WeightMethod, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
+from fptq_export.tasks import ENCODER
 
 __all__ = [
     "Job",
@@ -77,6 +79,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
     _equalizer(options).check_given(checkpoint.given)
+    check_length("--calib-seq", options.calib_seq, sites)
     batches = _batches(checkpoint, options)
     paths = [linear.path for linear in sites.linears]
     stays_float = set(float_paths(paths, options.exclude, options.precision))
@@ -117,7 +120,8 @@ def _batches(checkpoint: Checkpoint, options: RunOptions) -> TokenBatches:
     )
     needs_no_text = options.calib_dataset == "random" or options.calib_dataset.endswith(".npz")
     tokenizer = None if needs_no_text else tokenizer_from_checkpoint(checkpoint)
-    return token_batches(wanted, tokenizer, checkpoint.config.get_text_config().vocab_size)
+    vocab_size = checkpoint.config.get_text_config().vocab_size
+    return token_batches(wanted, tokenizer, vocab_size, encoder=checkpoint.task == ENCODER)
 
 
 def measure(job: Job, checkpoint: Checkpoint, batches: TokenBatches, ranks: Ranks, progress: Progress) -> str:

@@ -48,6 +48,8 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], 
         raise UserError(f"--weight-method {options.weight_method}", cause, "use clip or gptq with another equalizer")
     if options.max_ppl_increase is not None and not options.verify:
         raise UserError("--max-ppl-increase", "cannot be checked with --no-verify", "leave one of the two out")
+    if options.min_cosine is not None and not options.verify:
+        raise UserError("--min-cosine", "cannot be checked with --no-verify", "leave one of the two out")
     if options.dtype == "bf16" and options.verify and "verify" in stages:
         cause = "ONNX Runtime cannot run BF16 graphs on a CPU, so the result could not be verified"
         raise UserError("--dtype bf16", cause, "use fp16 or fp32, or add --no-verify")

@@ -10,6 +10,7 @@ from fptq_export.build.targets import Target, target_from_option
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.road import VERBS
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.task_options import wanted_task
 from fptq_export.progress import NoProgress
 
 __all__ = ["estimated_sizes", "peak_memory_bytes", "print_plan"]
@@ -23,7 +24,8 @@ _MIB = 1 << 20
 def print_plan(verb: str, options: RunOptions, console: Console) -> None:
     """Print the stages of a verb with the files each would write; writes nothing itself."""
     patterns = options.exclude, options.precision
-    sizes = sizes_from_model(options.model, *patterns, NoProgress(), trust_remote_code=options.trust_remote_code)
+    trust, task = options.trust_remote_code, wanted_task(options)
+    sizes = sizes_from_model(options.model, *patterns, NoProgress(), trust_remote_code=trust, task=task)
     target = target_from_option(options.target)
     table = Table(
         "stage", "writes", title=f"{options.model}: {sizes.parameters / 1e6:,.1f} M weights", title_justify="left"

@@ -24,9 +24,11 @@ from fptq_export.options import RunOptions
 from fptq_export.packing import padded_shape
 from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.task_options import check_length
 from fptq_export.policy import LayerPolicy, read_policy
 from fptq_export.progress import Progress
 from fptq_export.rewrite import Lowered, lower_for_plugin, lower_for_tensorrt
+from fptq_export.sites import Sites, read_sites
 
 __all__ = ["build"]
 
@@ -39,7 +41,7 @@ def build(
     check_signed_scales(policy, options)
     int4 = {path: layer for path, layer in policy.quantized().items() if layer.precision != "w8a8"}
     int8 = {path: layer for path, layer in policy.quantized().items() if layer.precision == "w8a8"}
-    profile = _profile(directory.w4a8, options)
+    profile = _profile(directory.w4a8, read_sites(directory.sites), options)
     libraries = plugin_libraries(options, target)
     # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.
     with tempfile.TemporaryDirectory(dir=directory.path, prefix=".lowered", suffix=PARTIAL_SUFFIX) as scratch:
@@ -102,8 +104,17 @@ def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str
     return {path: prod(padded_shape(*size) if path in lowered.plugin else size) for path, size in sizes.items()}
 
 
-def _profile(graph: Path, options: RunOptions) -> Profile | None:
-    limits = LlmLimits(options.max_batch_size, options.max_input_len, options.max_kv_len)
+def _profile(graph: Path, sites: Sites, options: RunOptions) -> Profile | None:
+    limits = LlmLimits(options.max_batch_size, _max_input_len(sites, options), options.max_kv_len)
     texts = {"--minShapes": options.min_shapes, "--optShapes": options.opt_shapes, "--maxShapes": options.max_shapes}
     explicit = ExplicitShapes(*(shapes_from_option(name, text) if text else {} for name, text in texts.items()))
     return profile_for_inputs(inputs_from_onnx(graph), limits, explicit)
+
+
+def _max_input_len(sites: Sites, options: RunOptions) -> int:
+    """The limit that was asked for; by default no more than the graph takes."""
+    default = RunOptions.model_fields["max_input_len"].default
+    if sites.max_sequence is not None and options.max_input_len == default:
+        return min(options.max_input_len, sites.max_sequence)
+    check_length("--max-input-len", options.max_input_len, sites)
+    return options.max_input_len

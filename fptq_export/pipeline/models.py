@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.task_options import check_task_options, wanted_task
 from fptq_export.pipeline.tokenizer_files import tokenizer_files
 from fptq_export.progress import Progress
 
@@ -34,15 +35,22 @@ class RunModels:
 
     @cached_property
     def given(self) -> Checkpoint:
-        """The float model that the user gave; verification compares with it."""
+        """The float model that the user gave; verification compares with it.
+
+        Raises:
+            UserError: It cannot be opened, or an option means nothing for its kind of model.
+        """
         from calib.load import checkpoint_from_model
 
-        return checkpoint_from_model(
+        checkpoint = checkpoint_from_model(
             self._options.model,
             workdir=self._dir.path,
             trust_remote_code=self._options.trust_remote_code,
             progress=self._progress,
+            task=wanted_task(self._options),
         )
+        check_task_options(self._options, checkpoint.task)
+        return checkpoint
 
     @cached_property
     def quantized(self) -> Checkpoint:

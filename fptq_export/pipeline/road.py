@@ -31,6 +31,7 @@ from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
+from fptq_export.tasks import CAUSAL_LM, ENCODER
 
 if TYPE_CHECKING:
     from calib.load import Checkpoint
@@ -139,8 +140,14 @@ class _Road:
     def _option_parts(self, *names: str) -> dict[str, Any]:
         return self._options.model_dump(mode="json", include=set(names))
 
+    @property
+    def _verifies_text(self) -> bool:
+        """Whether verification tokenizes text."""
+        ids = self._models.given.task == ENCODER and self._options.eval_text.endswith(".npz")
+        return self._options.verify and not ids
+
     def _load(self) -> None:
-        needs_text = self._options.verify or not (self._replays or self._options.calib_dataset == "random")
+        needs_text = self._verifies_text or not (self._replays or self._options.calib_dataset == "random")
         parts = {**self._option_parts("dtype", "rotate"), "needs_text": needs_text}
         inputs = self._models.source_files()
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
@@ -174,10 +181,12 @@ class _Road:
                 self._dir.sites,
                 self._progress,
                 trust_remote_code=self._options.trust_remote_code,
+                task=checkpoint.task,
             )
 
         parts = {
             **self._option_parts("dtype"),
+            **({} if checkpoint.task == CAUSAL_LM else {"task": checkpoint.task}),
             "libraries": [library_versions()[name] for name in ("torch", "transformers")],
         }
         self._stage(
@@ -238,25 +247,34 @@ class _Road:
         self._stage("rewrite", {}, (*inputs, *policy), (self._dir.qdq, self._dir.w4a8, data_path(self._dir.w4a8)), run)
 
     def _verify(self) -> None:
+        from fptq_export.pipeline.encoder_verification import verify_encoder
         from fptq_export.pipeline.verification import check_gates, verify
 
         if not self._options.verify:
             self._runner.skip("verify")
             return
+        encoder = self._models.given.task == ENCODER
 
         def run() -> None:
+            work = (self._options, self._progress)
             write_json_model(
-                verify(self._models.given, self._dir.w4a8, self._options, self._progress), self._dir.verify
+                verify_encoder(self._models.given, self._dir.w4a8, self._sites, *work)
+                if encoder
+                else verify(self._models.given, self._dir.w4a8, *work),
+                self._dir.verify,
             )
 
+        parts = ("eval_text", "eval_sentences", "seed") if encoder else ("eval_windows", "decode_steps")
+        files = (self._dir.w4a8, data_path(self._dir.w4a8), *weight_files(self._models.given), *self._tokenizer_files)
+        texts = tuple(path for path in (Path(self._options.eval_text),) if encoder and path.is_file())
         self._stage(
             "verify",
-            {**self._option_parts("eval_windows", "eval_seq", "decode_steps"), "python": platform.python_version()},
-            (self._dir.w4a8, data_path(self._dir.w4a8), *weight_files(self._models.given), *self._tokenizer_files),
+            {**self._option_parts("eval_seq", *parts), "python": platform.python_version()},
+            (*files, *texts),
             (self._dir.verify,),
             run,
         )
-        check_gates(self._dir.verify, self._options.max_ppl_increase)
+        check_gates(self._dir.verify, self._options)
 
     def _interchange(self) -> None:
         from fptq_export.pipeline.checkpoint import write_run_as_checkpoint
@@ -300,7 +318,7 @@ class _Road:
         self._stage(
             "build",
             {**parts, "target": str(self.target), "library": library_versions().get(library or "")},
-            (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy, *plugin),
+            (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy, self._dir.sites, *plugin),
             (engine, self._dir.build_log),
             lambda: build(self._dir, engine, self.target, self._options, self._progress),
         )

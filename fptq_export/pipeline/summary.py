@@ -9,11 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fptq_export.files import read_json_model
 from fptq_export.package.manifest import FileRecord, Manifest
 from fptq_export.pipeline.road import ROAD
 from fptq_export.pipeline.run_directory import RunDirectory
-from fptq_export.verify.report import VerifyReport
+from fptq_export.verify.encoder_report import EncoderReport, report_from_file
 
 __all__ = ["print_summary"]
 
@@ -88,7 +87,9 @@ def _accuracy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     path = RunDirectory(manifest.options.output).verify
     if "verify" not in manifest.stages or not path.is_file():
         return []
-    report = read_json_model(path, VerifyReport)
+    report = report_from_file(path)
+    if isinstance(report, EncoderReport):
+        return _encoder_rows(report)
     before, after = report.reference_perplexity.perplexity, report.candidate_perplexity.perplexity
     text = f"{report.windows} x {report.window_tokens} tokens of held-out text"
     return [
@@ -98,6 +99,19 @@ def _accuracy_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("logits: KL(FP32 || W4A8), nats", f"{report.logits.kl_mean:.4f}"),
         ("same top token", f"{report.logits.top1_agreement:.1%}"),
         (f"same greedy token, {report.decode.steps} decode steps", f"{report.decode.top1_agreement:.1%}"),
+    ]
+
+
+def _encoder_rows(report: EncoderReport) -> list[tuple[str, str]]:
+    hidden, embeddings, retrieval = report.hidden, report.embeddings, report.retrieval
+    return [
+        (f"hidden states of {hidden.vectors} tokens: cosine, mean", f"{hidden.mean:.4f} (least {hidden.min:.4f})"),
+        (
+            f"embeddings of {embeddings.vectors} held-out texts: cosine, mean",
+            f"{embeddings.mean:.4f} (least {embeddings.min:.4f})",
+        ),
+        ("same nearest text", f"{retrieval.top1_agreement:.1%}"),
+        (f"same texts among the {retrieval.nearest} nearest", f"{retrieval.overlap:.1%}"),
     ]
 
 

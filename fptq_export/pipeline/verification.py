@@ -9,11 +9,11 @@ import torch
 from calib.batches import held_out_windows
 from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from calib.session import TorchCausalSession
-from fptq_export.files import read_json_model
 from fptq_export.options import RunOptions
 from fptq_export.progress import Progress
 from fptq_export.verify.compare import PROMPT_TOKENS, compare_sessions
 from fptq_export.verify.decode import CacheBound
+from fptq_export.verify.encoder_report import EncoderReport, gate_cosine, report_from_file
 from fptq_export.verify.polygraphy_diff import diff_sessions
 from fptq_export.verify.report import VerifyReport, gate, gate_cache
 from fptq_export.verify.sessions import OnnxCausalSession
@@ -37,8 +37,11 @@ def verify(checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Pr
     return report.model_copy(update={"polygraphy": diff_sessions(reference, candidate, windows[0, :PROMPT_TOKENS])})
 
 
-def check_gates(verify_path: Path, max_ppl_increase: float | None) -> None:
-    """Raises GateError when the graph's cache is wrong or its perplexity above the limit."""
-    report = read_json_model(verify_path, VerifyReport)
+def check_gates(verify_path: Path, options: RunOptions) -> None:
+    """Raises GateError when the graph's cache is wrong, its perplexity too high or its embeddings too far off."""
+    report = report_from_file(verify_path)
+    if isinstance(report, EncoderReport):
+        gate_cosine(report, options.min_cosine)
+        return
     gate_cache(report)
-    gate(report, max_ppl_increase)
+    gate(report, options.max_ppl_increase)

@@ -1,4 +1,4 @@
-"""Trace: a Hugging Face model -> `model.onnx` and `sites.json`."""
+"""Trace: a Hugging Face model, decoder or encoder -> `model.onnx` and `sites.json`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
 from fptq_export.stored_tensor import StoredTensor
+from fptq_export.tasks import CAUSAL_LM, ENCODER, Task
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
 from fptq_export.trace.expand_gemm import expand_gemm
 from fptq_export.trace.find_sites import sites_from_graph
@@ -30,8 +31,9 @@ def trace(
     progress: Progress,
     *,
     trust_remote_code: bool = False,
+    task: Task = CAUSAL_LM,
 ) -> Sites:
-    """Write the ONNX graph of a causal language model and the map of its linears.
+    """Write the ONNX graph of a model and the map of its linears.
 
     Args:
         config: Config of the model.
@@ -41,6 +43,7 @@ def trace(
         sites_path: Where `sites.json` goes.
         progress: Where to report.
         trust_remote_code: Whether code from the model repository may run.
+        task: A causal language model with its cache, or an encoder.
 
     Returns:
         What was written to `sites_path`.
@@ -49,10 +52,12 @@ def trace(
         UserError: The architecture cannot be traced, has no linear, or needs a tensor the checkpoint lacks.
     """
     # Imports torch, which the other stages do not need.
+    from fptq_export.trace.encoder_from_hf import traced_encoder_from_config
     from fptq_export.trace.from_hf import traced_from_config
 
+    from_config = traced_encoder_from_config if task == ENCODER else traced_from_config
     with progress.task("Tracing the model", total=None):
-        traced = traced_from_config(config, dtype, trust_remote_code=trust_remote_code)
+        traced = from_config(config, dtype, trust_remote_code=trust_remote_code)
     graph = traced.graph
     with progress.task("Cleaning the graph", total=None):
         attach_weights(graph, weights, traced.buffers, traced.tied)
@@ -60,9 +65,10 @@ def trace(
         transpose_linear_weights(graph)
         clean_up(graph)
         sites = sites_from_graph(graph, traced.linears, traced.roles)
+        sites = sites.model_copy(update={"max_sequence": traced.max_sequence})
         strip_trace_metadata(graph)
-    with progress.task("Writing the weights", total=None, unit="tensors") as task:
-        write_weights(graph, data_path(model_path), lambda done, total: task.update(done, total))
+    with progress.task("Writing the weights", total=None, unit="tensors") as writing:
+        write_weights(graph, data_path(model_path), lambda done, total: writing.update(done, total))
     save_graph(graph, model_path)
     write_sites(sites, sites_path)
     return sites

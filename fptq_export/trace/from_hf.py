@@ -10,7 +10,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,12 +28,25 @@ from fptq_export.errors import UserError
 from fptq_export.experts.unstack import unstack_experts
 from fptq_export.trace.model_linears import LinearRole, linears_from_model, roles_from_model
 
-__all__ = ["OPSET", "TORCH_DTYPES", "TracedModel", "traced_from_config"]
+__all__ = [
+    "OPSET",
+    "TORCH_DTYPES",
+    "WRAPPER",
+    "TracedModel",
+    "computed_buffers",
+    "name_dimensions",
+    "name_initializers",
+    "quiet",
+    "refuse_stacked_weights",
+    "tied_parameters",
+    "traced_from_config",
+    "user_errors_from_torch",
+]
 
 OPSET = 21
 """First opset with INT4 and `block_size` in DequantizeLinear."""
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_WRAPPER = "wrapped"
+WRAPPER = "wrapped"
 _MATRIX_RANK = 2
 _SAMPLE_BATCH, _SAMPLE_SEQUENCE, _SAMPLE_PAST = 2, 3, 5
 """Sample sizes: all different and above 1, so that no two dimensions are taken for one and none is specialized."""
@@ -55,6 +68,7 @@ class TracedModel:
         tied: Parameter path -> path of the parameter it shares storage with.
         linears: Every linear of the model, torch path -> (in_features, out_features).
         roles: What is special about some of them.
+        max_sequence: Most tokens of a sequence that the model's code takes, where torch found a limit in it.
     """
 
     graph: ir.Model
@@ -62,6 +76,7 @@ class TracedModel:
     tied: Mapping[str, str]
     linears: Mapping[str, tuple[int, int]]
     roles: Mapping[str, LinearRole]
+    max_sequence: int | None = None
 
 
 class _FlatCausalLM(nn.Module):
@@ -110,19 +125,21 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
     config._attn_implementation = "eager"
     torch_dtype = TORCH_DTYPES[dtype]
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode, torch.no_grad(), _quiet():
+    with mode, torch.no_grad(), quiet():
         model = _empty_model(config, torch_dtype, trust_remote_code)
         unstack_experts(model, static=True)
-        _refuse_stacked_weights(model)
-        with _user_errors_from_torch(model):
+        refuse_stacked_weights(model)
+        with user_errors_from_torch(model):
             past = _sample_past(model, torch_dtype)
             graph = _graph_from_module(_FlatCausalLM(model), _sample_inputs(past), len(past))
-    _name_initializers(graph)
-    _name_dimensions(graph)
+    name_initializers(graph)
+    tokens = ("batch", "sequence")
+    names = {"input_ids": tokens, "position_ids": tokens, "attention_mask": ("batch", "total")}
+    name_dimensions(graph, names)
     return TracedModel(
         graph,
-        _buffers(config, torch_dtype, trust_remote_code),
-        _tied_parameters(model),
+        computed_buffers(lambda: _empty_model(config, torch_dtype, trust_remote_code)),
+        tied_parameters(model),
         linears_from_model(model),
         roles_from_model(model),
     )
@@ -141,7 +158,8 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code
 
 
 @contextmanager
-def _user_errors_from_torch(model: nn.Module) -> Iterator[None]:
+def user_errors_from_torch(model: nn.Module) -> Iterator[None]:
+    """Say that an architecture cannot be traced where torch raises."""
     try:
         yield
     except (RuntimeError, torch.onnx.OnnxExporterError) as error:
@@ -152,7 +170,7 @@ def _user_errors_from_torch(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _refuse_stacked_weights(model: nn.Module) -> None:
+def refuse_stacked_weights(model: nn.Module) -> None:
     """What `unstack_experts` leaves stacked is no linear: it would stay in float without a word."""
     stacked = [name for name, parameter in model.named_parameters() if parameter.dim() > _MATRIX_RANK]
     if stacked:
@@ -218,17 +236,20 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def _name_initializers(graph: ir.Model) -> None:
+def name_initializers(graph: ir.Model) -> None:
     """`wrapped.model.layers...` -> `model.layers...`: the names of the checkpoint."""
     for value in list(graph.graph.initializers.values()):
         if value.name is not None:
-            value.name = value.name.removeprefix(f"{_WRAPPER}.")
+            value.name = value.name.removeprefix(f"{WRAPPER}.")
 
 
-def _name_dimensions(graph: ir.Model) -> None:
-    """Give dynamic dimensions the names people look for in the file, everywhere in the graph."""
-    tokens = ("batch", "sequence")
-    names = {"input_ids": tokens, "position_ids": tokens, "attention_mask": ("batch", "total")}
+def name_dimensions(graph: ir.Model, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Give dynamic dimensions the names people look for in the file, everywhere in the graph.
+
+    Args:
+        graph: Changed in place.
+        names: Input -> names of its dimensions; an input that is not there is a cache.
+    """
     symbols: dict[str, str] = {}
     for value in graph.graph.inputs:
         wanted = names.get(value.name or "", ("batch", None, "past", None))
@@ -253,10 +274,10 @@ def _renamed(expression: str, symbols: Mapping[str, str]) -> str:
     return re.sub(r"\w+", lambda match: symbols.get(match[0], match[0]), expression)
 
 
-def _buffers(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, NDArray[np.generic]]:
-    """Values of the buffers that the model computes when it is built; its parameters stay on the meta device."""
+def computed_buffers(build: Callable[[], nn.Module]) -> dict[str, NDArray[np.generic]]:
+    """Values of the buffers that a model computes when it is built; its parameters stay on the meta device."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = build()
     return {
         name: buffer.float().numpy() if buffer.dtype == torch.bfloat16 else buffer.numpy()
         for name, buffer in model.named_buffers()
@@ -264,7 +285,8 @@ def _buffers(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bo
     }
 
 
-def _tied_parameters(model: nn.Module) -> dict[str, str]:
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameter path -> path of the parameter it shares storage with."""
     first_name: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -274,7 +296,7 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence notes of torch's exporter that name nothing the user could change."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter", "torch.export")]
     levels = [logger.level for logger in loggers]

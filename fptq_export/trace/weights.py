@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -17,12 +16,6 @@ __all__ = ["attach_weights", "is_parameter", "transpose_linear_weights"]
 
 _KIND_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 """torch's exporter notes here whether an initializer is a parameter, a buffer or a constant of the code."""
-
-_NUMPY_DTYPES: dict[ir.DataType, np.dtype[np.generic]] = {
-    ir.DataType.FLOAT: np.dtype(np.float32),
-    ir.DataType.FLOAT16: np.dtype(np.float16),
-    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-}
 
 
 def attach_weights(
@@ -69,7 +62,7 @@ def is_parameter(value: ir.Value) -> bool:
 
 def _tensor_from_file(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
     def read() -> NDArray[np.generic]:
-        return stored.read().astype(_NUMPY_DTYPES[dtype], copy=False)
+        return stored.read().astype(dtype.numpy(), copy=False)
 
     return lazy_tensor(name, dtype, shape, read)
 

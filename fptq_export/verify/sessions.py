@@ -18,7 +18,19 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from fptq_export.errors import Problem, UserError, UserErrors
 
-__all__ = ["CausalSession", "GraphOptimization", "OnnxCache", "OnnxCausalSession"]
+__all__ = [
+    "DTYPE_FROM_ORT_TYPE",
+    "FLOAT_TYPES",
+    "INTEGER_TYPES",
+    "ORT_ERRORS",
+    "CausalSession",
+    "GraphOptimization",
+    "OnnxCache",
+    "OnnxCausalSession",
+    "first_line",
+    "session_from_path",
+    "type_problems",
+]
 
 GraphOptimization = Literal["none", "basic", "extended", "all"]
 """How far ONNX Runtime rewrites a graph before it runs it."""
@@ -30,15 +42,15 @@ _OPTIMIZATION_LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_DTYPE_FROM_ORT_TYPE: Mapping[str, np.dtype[Any]] = {
+DTYPE_FROM_ORT_TYPE: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": _BFLOAT16,
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
 }
-_INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
-_FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
+FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _IDS_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
@@ -47,7 +59,7 @@ _FATAL_ONLY = 4
 """ONNX Runtime severity; its errors reach us as exceptions, so its own lines on stderr would say them twice."""
 
 # They share no base class but Exception.
-_ORT_ERRORS = tuple(
+ORT_ERRORS = tuple(
     error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)
 )
 
@@ -114,7 +126,7 @@ class OnnxCausalSession:
     ) -> None:
         self.name = path.name if name is None else name
         self._path = path
-        self._session = _session_from_path(path, threads, optimization)
+        self._session = session_from_path(path, threads, optimization)
         self._signature = _signature_from_session(path, self._session)
         self._outputs = ["logits", *self._signature.past_from_present]
 
@@ -163,17 +175,18 @@ class OnnxCausalSession:
     def _run(self, feed: Mapping[str, Any], length: int) -> tuple[NDArray[np.float32], OnnxCache]:
         try:
             logits, *presents = self._session.run_with_ort_values(self._outputs, feed)
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise UserError(
                 str(self._path),
-                f"ONNX Runtime cannot run it ({_first_line(error)})",
+                f"ONNX Runtime cannot run it ({first_line(error)})",
                 "check that the tokens come from this model's tokenizer, and export the model again",
             ) from error
         past_names = self._signature.past_from_present.values()
         return _float32_from_ort_value(logits), OnnxCache(dict(zip(past_names, presents, strict=True)), length)
 
 
-def _session_from_path(path: Path, threads: int | None, optimization: GraphOptimization) -> Any:
+def session_from_path(path: Path, threads: int | None, optimization: GraphOptimization) -> Any:
+    """A session of ONNX Runtime. Raises UserError where it cannot open the file."""
     if not path.is_file():
         raise UserError(str(path), "no such file", "run the stage that writes it first")
     options = ort.SessionOptions()
@@ -190,13 +203,13 @@ def _session_from_path(path: Path, threads: int | None, optimization: GraphOptim
     except ort_errors.NotImplemented as error:
         raise UserError(
             str(path),
-            f"ONNX Runtime has no CPU kernel for an operator of this graph ({_first_line(error)})",
+            f"ONNX Runtime has no CPU kernel for an operator of this graph ({first_line(error)})",
             "BF16 graphs are the usual case: verify an FP16 or FP32 export of the same model",
         ) from error
-    except _ORT_ERRORS as error:
+    except ORT_ERRORS as error:
         raise UserError(
             str(path),
-            f"ONNX Runtime cannot open it ({_first_line(error)})",
+            f"ONNX Runtime cannot open it ({first_line(error)})",
             "see that the weights file lies beside it whole, or export the model again",
         ) from error
 
@@ -212,23 +225,24 @@ def _signature_from_session(path: Path, session: Any) -> _Signature:
         f"present.{layer}.{kind}": f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")
     }
     problems = [
-        *_type_problems("input", _IDS_INPUTS, inputs, _INTEGER_TYPES),
-        *_type_problems("input", pairs.values(), inputs, _FLOAT_TYPES),
+        *type_problems("input", _IDS_INPUTS, inputs, INTEGER_TYPES),
+        *type_problems("input", pairs.values(), inputs, FLOAT_TYPES),
         *_shape_problems(pairs.values(), inputs),
-        *_type_problems("output", ("logits", *pairs), outputs, _FLOAT_TYPES),
+        *type_problems("output", ("logits", *pairs), outputs, FLOAT_TYPES),
         *(Problem(name, "input that nothing fills") for name in inputs.keys() - {*_IDS_INPUTS, *pairs.values()}),
     ]
     if problems:
         hint = "export it as a causal language model with a KV cache: fptq-export trace does"
         raise UserErrors(str(path), problems, hint)
     past = {
-        name: _PastInput(_DTYPE_FROM_ORT_TYPE[inputs[name].type], inputs[name].shape[1], inputs[name].shape[3])
+        name: _PastInput(DTYPE_FROM_ORT_TYPE[inputs[name].type], inputs[name].shape[1], inputs[name].shape[3])
         for name in pairs.values()
     }
-    return _Signature({name: _DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in _IDS_INPUTS}, past, pairs)
+    return _Signature({name: DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in _IDS_INPUTS}, past, pairs)
 
 
-def _type_problems(kind: str, names: Any, found: Mapping[str, Any], types: tuple[str, ...]) -> list[Problem]:
+def type_problems(kind: str, names: Any, found: Mapping[str, Any], types: tuple[str, ...]) -> list[Problem]:
+    """What is missing or of another type among the inputs or outputs that are there."""
     missing = [Problem(name, f"missing {kind}") for name in names if name not in found]
     wrong = [
         Problem(name, f"{kind} is {found[name].type}, not {' or '.join(types)}")
@@ -258,9 +272,10 @@ def _ort_value_from_array(array: NDArray[Any]) -> Any:
 def _float32_from_ort_value(value: Any) -> NDArray[np.float32]:
     """Copy once, straight from the memory of ONNX Runtime: OrtValue.numpy() copies before a cast could."""
     memory = (ctypes.c_byte * value.tensor_size_in_bytes()).from_address(value.data_ptr())
-    array = np.frombuffer(memory, dtype=_DTYPE_FROM_ORT_TYPE[value.data_type()])
+    array = np.frombuffer(memory, dtype=DTYPE_FROM_ORT_TYPE[value.data_type()])
     return array.reshape(value.shape()).astype(np.float32)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says, without its stack."""
     return str(error).strip().partition("\n")[0]

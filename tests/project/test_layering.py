@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
     {
         *("cpu", "errors", "experts", "files", "graph_io", "memory", "numerics", "options"),
-        *("packing", "policy", "progress", "roofline", "sites", "sources", "stored_tensor", "tensor_writer"),
+        *("packing", "policy", "progress", "roofline", "sites", "sources", "stored_tensor", "tasks", "tensor_writer"),
     }
 )
 DRIVERS = frozenset({"__main__", "cli", "evaluate", "pipeline"})

@@ -1,0 +1,36 @@
+"""Rows of token ids that are shorter than others end with `PADDING`, which is no token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["PADDING", "model_inputs", "real_tokens"]
+
+PADDING = -1
+
+
+def real_tokens(tokens: torch.Tensor) -> torch.Tensor | None:
+    """Where there is a token, bool of the same shape; None where everywhere."""
+    real = tokens != PADDING
+    return None if bool(real.all()) else real
+
+
+def model_inputs(tokens: torch.Tensor, config: PreTrainedConfig | None) -> dict[str, torch.Tensor]:
+    """What a model is called with: ids with its padding token, and a mask where there is padding.
+
+    Args:
+        tokens: int64 [rows, seq].
+        config: Names the padding token.
+    """
+    real = real_tokens(tokens)
+    if real is None:
+        return {"input_ids": tokens}
+    return {
+        "input_ids": tokens.masked_fill(~real, getattr(config, "pad_token_id", None) or 0),
+        "attention_mask": real.to(torch.int64),
+    }

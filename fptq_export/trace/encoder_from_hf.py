@@ -1,0 +1,159 @@
+"""The body of a Hugging Face encoder -> an ONNX graph from tokens to hidden states, with no weights in memory.
+
+There is no cache, no head and no pooler. Positions are those that the model counts itself. Tracing works as for
+language models (`from_hf`): under `FakeTensorMode`, from the config alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PretrainedConfig
+
+from fptq_export.errors import UserError
+from fptq_export.tasks import ENCODER, auto_class, build_options
+from fptq_export.trace.from_hf import (
+    OPSET,
+    TORCH_DTYPES,
+    TracedModel,
+    computed_buffers,
+    name_dimensions,
+    name_initializers,
+    quiet,
+    refuse_stacked_weights,
+    tied_parameters,
+    user_errors_from_torch,
+)
+from fptq_export.trace.model_linears import linears_from_model, roles_from_model
+
+__all__ = ["traced_encoder_from_config"]
+
+_OUTPUT = "last_hidden_state"
+_SAMPLE_BATCH, _SAMPLE_SEQUENCE = 2, 3
+"""Different and above 1, so that they are not taken for one dimension and none is specialized."""
+_UNBOUNDED = 1 << 30
+"""torch.export writes infinity, or the largest integer, where it found no limit."""
+
+
+class _Encoder(nn.Module):
+    """The model as a function of tokens: one output."""
+
+    def __init__(self, model: nn.Module, uses_cache: bool) -> None:
+        super().__init__()
+        self.wrapped = model
+        self._options = {"use_cache": False} if uses_cache else {}
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [batch, sequence, hidden] after the last layer and its norm."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.wrapped(input_ids=input_ids, attention_mask=attention_mask, **types, **self._options)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+
+def traced_encoder_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_code: bool = False) -> TracedModel:
+    """Trace an encoder from its config alone.
+
+    Args:
+        config: Config of the model; its weights are not needed.
+        dtype: `fp16`, `bf16` or `fp32`: the type of weights and activations.
+        trust_remote_code: Whether code from the model repository may run.
+
+    Returns:
+        The graph with inputs `input_ids`, `attention_mask` and, where the model tells segments apart,
+        `token_type_ids`, all int64 [batch, sequence], and the output `last_hidden_state` [batch, sequence, hidden];
+        batch and sequence are dynamic.
+
+    Raises:
+        UserError: The model does not take tokens, or torch cannot trace it.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
+        model = _body(config, dtype, trust_remote_code)
+        refuse_stacked_weights(model)
+        names = _input_names(config, model)
+        with user_errors_from_torch(model):
+            graph, max_sequence = _graph_from_module(_Encoder(model, _uses_cache(model)), names)
+    name_initializers(graph)
+    name_dimensions(graph, dict.fromkeys(names, ("batch", "sequence")))
+    return TracedModel(
+        graph,
+        computed_buffers(lambda: _body(config, dtype, trust_remote_code)),
+        tied_parameters(model),
+        linears_from_model(model),
+        roles_from_model(model),
+        max_sequence,
+    )
+
+
+def _body(config: PretrainedConfig, dtype: str, trust_remote_code: bool) -> nn.Module:
+    try:
+        model: nn.Module = auto_class(ENCODER).from_config(
+            config,
+            dtype=TORCH_DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            **build_options(config, ENCODER),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model type {config.model_type!r}",
+            f"no encoder can be built from its config ({str(error).splitlines()[0]})",
+            "export a model that turns tokens into hidden states (BERT, RoBERTa, ESM-2, ...)",
+        ) from error
+    return model.eval()
+
+
+def _parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(type(model).forward).parameters)
+
+
+def _input_names(config: PretrainedConfig, model: nn.Module) -> list[str]:
+    """Inputs of the graph. Models with one segment type only have the parameter, but tokenizers fill in nothing."""
+    parameters = _parameters(model)
+    missing = {"input_ids", "attention_mask"} - parameters
+    if missing:
+        cause = f"takes no {' and no '.join(sorted(missing))}"
+        raise UserError(type(model).__name__, cause, "export a model that turns tokens into hidden states")
+    types = "token_type_ids" in parameters and (getattr(config, "type_vocab_size", None) or 0) > 1
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
+
+
+def _uses_cache(model: nn.Module) -> bool:
+    """Whether the model has to be told not to return a cache: decoders whose body is used do."""
+    return "use_cache" in _parameters(model)
+
+
+def _graph_from_module(module: nn.Module, names: list[str]) -> tuple[ir.Model, int | None]:
+    shape = (_SAMPLE_BATCH, _SAMPLE_SEQUENCE)
+    # One tensor an input: torch.export takes one tensor in two places for one input.
+    sample = tuple((torch.ones if name == "attention_mask" else torch.zeros)(shape, dtype=torch.long) for name in names)
+    tokens = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(module, sample, dynamic_shapes=(tokens,) * len(names), strict=False)
+    exported = torch.onnx.export(
+        program,
+        (),
+        input_names=names,
+        output_names=[_OUTPUT],
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+    )
+    if exported is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return exported.model, _max_sequence(program)
+
+
+def _max_sequence(program: torch.export.ExportedProgram) -> int | None:
+    """The upper end of the sequence's range, which torch narrows to the size of a table of positions."""
+    ids = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == "input_ids")
+    limit = program.range_constraints[ids.meta["val"].shape[1].node.expr].upper
+    return int(limit) if limit < _UNBOUNDED else None
