@@ -101,7 +101,7 @@ def test_length_is_no_difference() -> None:
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    """One text, other sizes, infinite states: each is named."""
+    """One text, other sizes, states that are not numbers: each is named."""
     toy = Toy("a", _rows())
     ids, mask = _texts()
     with pytest.raises(UserError, match="at least two"):
@@ -109,7 +109,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(UserError, match="8 and 16 channels"):
         _compared(toy, Toy("b", _rows(channels=8)))
     with pytest.raises(UserError, match="NaN or infinite"):
-        _compared(toy, Toy("b", np.full_like(_rows(), np.inf)))
+        _compared(toy, Toy("b", np.full_like(_rows(), np.nan)))
 
 
 @pytest.mark.parametrize(("limit", "refused"), [(None, False), (0.5, False), (1.0, True)])
