@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.documents import SOURCES_HINT, documents_from_source
+from calib.documents import SOURCES_HINT, documents_from_source, is_text_file
 from calib.padding import PADDING
 from calib.rows import rows_from_documents
 from calib.text import calibration_text, held_out_sentences, held_out_text
@@ -45,7 +45,7 @@ class CalibrationOptions:
     """
 
     dataset: str = "builtin"
-    """`builtin`, `random`, a `.txt`, `.jsonl` or `.npz` file, or a data set id."""
+    """`builtin`, `random`, a `.txt`, `.jsonl`, `.fasta` or `.npz` file, or a data set id."""
     size: int = 64
     """Windows."""
     seq: int = 512
@@ -75,7 +75,7 @@ class TextOptions:
     """
 
     source: str = "builtin"
-    """`builtin` (the held-out half), a `.txt`, `.jsonl` or `.npz` file, or a data set id."""
+    """`builtin` (the held-out half), a `.txt`, `.jsonl`, `.fasta` or `.npz` file, or a data set id."""
     windows: int = 8
     """Windows from the beginning of the text; 0 takes all of it."""
     seq: int = 512
@@ -132,11 +132,7 @@ def auto_batch_size(seq: int) -> int:
 
 
 def token_batches(
-    options: CalibrationOptions,
-    tokenizer: PreTrainedTokenizerBase | None,
-    vocab_size: int,
-    *,
-    encoder: bool = False,
+    options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, *, encoder: bool = False
 ) -> TokenBatches:
     """Make the windows that calibration runs.
 
@@ -164,7 +160,7 @@ def token_batches(
         options.dataset, options.seq, options.seed, options.size, tokenizer, vocab_size, _CALIBRATION, encoder=encoder
     )
     found = len(windows)
-    description = f"{options.dataset}: {min(found, options.size)} x {options.seq} tokens"
+    description = f"{options.dataset}: {_extent(min(found, options.size), options.seq, encoder)}"
     if found > options.size:
         chosen = np.random.default_rng(options.seed).choice(found, options.size, replace=False)
         windows = windows[np.sort(chosen)]
@@ -195,13 +191,16 @@ def evaluation_batches(
     windows = _windows_from_source(
         options.source, options.seq, options.seed, limit, tokenizer, vocab_size, _EVALUATION, encoder=encoder
     )[:limit]
-    what = f"{len(windows)} texts of up to" if encoder else f"{len(windows)} x"
-    description = f"{options.source}: {what} {options.seq} tokens"
+    description = f"{options.source}: {_extent(len(windows), options.seq, encoder)}"
     if limit is None:
         description += ", all there is"
     elif len(windows) < limit:
         description += f", all there is ({limit} windows were asked for)"
     return TokenBatches(windows, description, _sha256(windows))
+
+
+def _extent(count: int, seq: int, encoder: bool) -> str:
+    return f"{count} texts of up to {seq} tokens" if encoder else f"{count} x {seq} tokens"
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, count: int, seq: int) -> NDArray[np.int64]:
@@ -241,10 +240,11 @@ def _windows_from_source(
     elif encoder:
         known = _required(tokenizer, source, names)
         windows = rows_from_documents(_documents(source, seed, names), known, seq, _limit(source, limit), where)
+        _check_ids(windows[windows != PADDING], vocab_size, where)
+        return windows
     else:
         windows = _windows_from_text(source, seq, seed, limit, _required(tokenizer, source, names), names)
-    padded = encoder and Path(source).suffix != ".npz"
-    _check_ids(windows[windows != PADDING] if padded else windows, vocab_size, where)
+    _check_ids(windows, vocab_size, where)
     return windows
 
 
@@ -257,7 +257,7 @@ def _documents(source: str, seed: int, names: _Names) -> Iterator[str]:
 
 def _limit(source: str, limit: int | None) -> int | None:
     """How much to read: a data set may have no end, and comes shuffled; files are read whole."""
-    return None if source == "builtin" or Path(source).suffix in (".txt", ".jsonl") else limit
+    return None if source == "builtin" or is_text_file(source) else limit
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None, source: str, names: _Names) -> PreTrainedTokenizerBase:

@@ -11,19 +11,26 @@ from typing import Any
 
 from fptq_export.errors import UserError
 
-__all__ = ["SOURCES_HINT", "documents_from_source"]
+__all__ = ["SOURCES_HINT", "documents_from_source", "is_text_file"]
 
 SOURCES_HINT = (
-    "choose builtin, random, a .txt, .jsonl or .npz file, or the id of a data set (needs `pip install datasets`)"
+    "choose builtin, random, a .txt, .jsonl, .fasta or .npz file, or the id of a data set"
+    " (needs `pip install datasets`)"
 )
+_FASTA = (".fasta", ".fa", ".faa")
 _TEXT_FIELDS = ("text", "content", "prompt")
 _DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", re.ASCII)
 _SHUFFLE_BUFFER = 10_000
 """Documents that a streamed data set is shuffled within."""
 
 
+def is_text_file(source: str) -> bool:
+    """Whether a source is a file by its name: such a source has an end."""
+    return Path(source).suffix in (".txt", ".jsonl", *_FASTA)
+
+
 def documents_from_source(source: str, seed: int) -> Iterator[str]:
-    """Stream the documents of a `.txt` or `.jsonl` file, or of a data set on the hub.
+    """Stream the documents of a `.txt`, `.jsonl` or `.fasta` file, or of a data set on the hub.
 
     Args:
         source: A path, or `id[:config][@split]` of a data set; the split is `train` if none is given.
@@ -37,6 +44,8 @@ def documents_from_source(source: str, seed: int) -> Iterator[str]:
         return iter([_read_text(path)])
     if path.suffix == ".jsonl":
         return _documents_from_jsonl(path)
+    if path.suffix in _FASTA:
+        return _sequences_from_fasta(path)
     if path.exists() or not _DATASET_ID.fullmatch(source):
         raise UserError(source, "not a source of text", SOURCES_HINT)
     return _documents_from_dataset(source, seed)
@@ -60,6 +69,17 @@ def _documents_from_jsonl(path: Path) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}", f"not JSON ({error})", "each line must be one JSON object") from None
         yield _text_of_record(record, f"{path}:{number}")
+
+
+def _sequences_from_fasta(path: Path) -> Iterator[str]:
+    """Sequences, each below a line that starts with `>`, without their line breaks."""
+    records = re.split(r"^>.*$", _read_text(path), flags=re.MULTILINE)
+    if records[0].strip() or len(records) == 1:
+        raise UserError(str(path), "not FASTA: a sequence comes before the first line with >", "add that line")
+    for record in records[1:]:
+        sequence = "".join(record.split())
+        if sequence:
+            yield sequence
 
 
 def _text_of_record(record: object, where: str) -> str:

@@ -63,7 +63,7 @@ class RunOptions(BaseModel):
     precision: tuple[str, ...] = ()
     """`REGEX=NAME` with `w4a8`, `w4a16`, `w8a8` or `float`; later ones win, also over `exclude`."""
     calib_dataset: str = "builtin"
-    """`builtin`, `random`, a .txt, .jsonl or .npz file, or a datasets id."""
+    """`builtin`, `random`, a .txt, .jsonl, .fasta or .npz file, or a datasets id."""
     calib_size: PositiveInt = 64
     """Samples of `calib_seq` tokens."""
     calib_seq: PositiveInt = 512
@@ -80,7 +80,7 @@ class RunOptions(BaseModel):
     eval_seq: PositiveInt = 512
     """Tokens in a window; of an encoder, most tokens in a text."""
     eval_text: str = "builtin"
-    """Texts an encoder is compared on: `builtin`, a .txt, .jsonl or .npz file, or a datasets id."""
+    """Texts an encoder is compared on: `builtin`, a .txt, .jsonl, .fasta or .npz file, or a datasets id."""
     eval_sentences: PositiveInt = 200
     """Texts an encoder is compared on."""
     min_cosine: float | None = Field(default=None, gt=0.0, le=1.0)

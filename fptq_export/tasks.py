@@ -45,7 +45,7 @@ def task_from_config(
     if wanted == ENCODER:
         has_body = kind in MODEL_MAPPING or "AutoModel" in remote
         return ENCODER if has_body and not config.is_encoder_decoder else None
-    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind)
+    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     if causal_class is not None and causal_class.__name__ in (config.architectures or ()):
         return CAUSAL_LM
     if masked and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):

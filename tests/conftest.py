@@ -131,17 +131,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def make_model_dir(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> ModelDirFactory:
-    """Give a function that writes a randomly initialised causal LM of any config, with the tiny tokenizer (FP32).
+    """Give a function that writes a randomly initialised model of any config, with the tiny tokenizer (FP32).
+
+    A causal LM, or an encoder with its head for masked tokens.
 
     Norm weights and all biases are drawn too: a freshly initialised norm is 1 and 0, which hides every folding error.
     """
 
     def make(config: PretrainedConfig) -> Path:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+        from fptq_export.tasks import ENCODER, task_from_config
 
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        auto_class = AutoModelForMaskedLM if task_from_config(config) == ENCODER else AutoModelForCausalLM
+        model = auto_class.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1:
@@ -225,10 +230,77 @@ def gemma_fp32(make_model_dir: ModelDirFactory) -> Traced:
     return traced_once(model_once(make_model_dir, tiny_gemma()), "fp32")
 
 
+@pytest.fixture(scope="session")
+def tiny_bert_dir(make_model_dir: ModelDirFactory) -> Path:
+    """A random BERT with its head: post-norm, so LayerNorm also feeds the residual; two segments, 96 positions."""
+    from tests.support.models import model_once, tiny_bert
+
+    return model_once(make_model_dir, tiny_bert())
+
+
+@pytest.fixture(scope="session")
+def tiny_esm_dir(make_model_dir: ModelDirFactory) -> Path:
+    """A random ESM-2 with its head: pre-norm, rotary positions, embeddings scaled by the share of masked tokens."""
+    from tests.support.models import model_once, tiny_esm
+
+    return model_once(make_model_dir, tiny_esm())
+
+
+@pytest.fixture(scope="session")
+def bert_run(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run/` of the tiny BERT in FP32, `out.plan` beside it. Not to be changed: copy it."""
+    return _encoder_run(tiny_bert_dir, tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def esm_run(tiny_esm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the tiny ESM-2, calibrated and verified on random proteins, every site equalized."""
+    import numpy as np
+
+    directory = tmp_path_factory.mktemp("esm")
+    proteins = directory / "proteins.fasta"
+    random = np.random.default_rng(0)
+    sequences = ["".join(random.choice(list("ACDEFGHIKLMNPQRSTVWY"), size=length)) for length in (30, 50, 20, 41)]
+    proteins.write_text("".join(f">{number}\n{sequence}\n" for number, sequence in enumerate(sequences)))
+    data = ("--calib-dataset", str(proteins), "--eval-text", str(proteins))
+    return _encoder_run(tiny_esm_dir, directory, "--equalizer", "search", *data)
+
+
+@pytest.fixture(scope="session")
+def bert_fp32(tiny_bert_dir: Path, bert_run: Path) -> Traced:
+    """The traced graph of the tiny BERT."""
+    return _traced_of_run(tiny_bert_dir, bert_run)
+
+
+@pytest.fixture(scope="session")
+def esm_fp32(tiny_esm_dir: Path, esm_run: Path) -> Traced:
+    """The traced graph of the tiny ESM-2."""
+    return _traced_of_run(tiny_esm_dir, esm_run)
+
+
 @pytest.fixture
 def tiny_llama_copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     """A copy of the tiny LLaMA that a test may damage."""
     return Path(shutil.copytree(tiny_llama_dir, tmp_path / "tiny-llama"))
+
+
+def _encoder_run(model: Path, directory: Path, *words: str) -> Path:
+    """The whole road in FP32: trace tests and road tests share one trace."""
+    from fptq_export.cli import main
+    from tests.support.models import ENCODER_SIZES
+
+    run = directory / "run"
+    engine = ("--engine", str(directory / "out.plan"))
+    assert main([str(model), "-o", str(run), *engine, "--dtype", "fp32", *ENCODER_SIZES, *words]) == 0
+    logging.disable(logging.NOTSET)
+    return run
+
+
+def _traced_of_run(checkpoint: Path, run: Path) -> Traced:
+    from fptq_export.sites import read_sites
+    from tests.support.traced import Traced
+
+    return Traced(run / "model.onnx", read_sites(run / "sites.json"), checkpoint, "fp32")
 
 
 def _write_dequantized_checkpoint(gguf: Path, directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from calib.text.builtin import held_out_text
+from calib.text.builtin import calibration_text, held_out_text
 
 __all__ = ["held_out_sentences"]
 
@@ -18,10 +18,14 @@ _PROSE = re.compile(r"[A-Za-z ,.;:'()-]")
 
 @cache
 def held_out_sentences() -> tuple[str, ...]:
-    """Distinct English sentences of 6 to 40 words, in the order of the text; grammar rules and code are left out."""
+    """Distinct English sentences of 6 to 40 words, in the order of the text, that calibration does not see either.
+
+    Grammar rules and code are left out.
+    """
+    seen = " ".join(calibration_text().split())
     paragraphs = (" ".join(paragraph.split()) for paragraph in held_out_text().split("\n\n"))
     sentences = (sentence for paragraph in paragraphs for sentence in _SENTENCE_END.split(paragraph))
-    return tuple(dict.fromkeys(sentence for sentence in sentences if _is_prose(sentence)))
+    return tuple(dict.fromkeys(sentence for sentence in sentences if _is_prose(sentence) and sentence not in seen))
 
 
 def _is_prose(sentence: str) -> bool:

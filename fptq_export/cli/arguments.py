@@ -36,6 +36,7 @@ examples:
   fptq-export model.gguf -o run/ --engine out.plan --max-ppl-increase 20%
   fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
   fptq-export MODEL -o run/ --precision 'down_proj$=w8a8' 'layers\\.0\\.=w4a16'
+  fptq-export esm2/ --calib-dataset proteins.fasta --eval-text held-out.fasta --min-cosine 0.97
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export MODEL -o run/ --policy auto --effective-bits 5               choose per layer under a budget
@@ -134,7 +135,7 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calib-dataset",
         metavar="DATA",
-        help="builtin, random, a .txt, .jsonl or .npz file, or a datasets id [builtin]",
+        help="builtin, random, a .txt, .jsonl, .fasta or .npz file, or a datasets id [builtin]",
     )
     group.add_argument("--calib-size", type=int, metavar="N", help="samples [64]")
     group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
@@ -212,8 +213,8 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-windows", type=int, metavar="N", help="windows of held-out text [8]")
     group.add_argument("--eval-seq", type=int, metavar="TOKENS", help="tokens in a window [512]")
     group.add_argument("--decode-steps", type=int, metavar="N", help="greedy steps with the cache carried [16]")
-    group.add_argument("--eval-text", metavar="DATA", help="encoders: builtin, a .txt, .jsonl or .npz file [builtin]")
-    group.add_argument("--eval-sentences", type=int, metavar="N", help="encoders: texts that are compared [200]")
+    group.add_argument("--eval-text", metavar="DATA", help="encoders: texts that are compared [builtin]")
+    group.add_argument("--eval-sentences", type=int, metavar="N", help="encoders: how many of them [200]")
     group.add_argument(
         "--min-cosine", type=float, metavar="X", help="encoders: 0.97; a lower mean cosine of embeddings is exit code 3"
     )

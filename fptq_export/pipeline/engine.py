@@ -24,7 +24,7 @@ from fptq_export.options import RunOptions
 from fptq_export.packing import padded_shape
 from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
-from fptq_export.pipeline.task_options import check_length
+from fptq_export.pipeline.task_options import check_cache, check_length
 from fptq_export.policy import LayerPolicy, read_policy
 from fptq_export.progress import Progress
 from fptq_export.rewrite import Lowered, lower_for_plugin, lower_for_tensorrt
@@ -107,8 +107,11 @@ def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str
 def _profile(graph: Path, sites: Sites, options: RunOptions) -> Profile | None:
     limits = LlmLimits(options.max_batch_size, _max_input_len(sites, options), options.max_kv_len)
     texts = {"--minShapes": options.min_shapes, "--optShapes": options.opt_shapes, "--maxShapes": options.max_shapes}
+    inputs = inputs_from_onnx(graph)
+    if options.max_kv_len != RunOptions.model_fields["max_kv_len"].default:
+        check_cache([item.name for item in inputs])
     explicit = ExplicitShapes(*(shapes_from_option(name, text) if text else {} for name, text in texts.items()))
-    return profile_for_inputs(inputs_from_onnx(graph), limits, explicit)
+    return profile_for_inputs(inputs, limits, explicit)
 
 
 def _max_input_len(sites: Sites, options: RunOptions) -> int:

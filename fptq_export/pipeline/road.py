@@ -140,14 +140,9 @@ class _Road:
     def _option_parts(self, *names: str) -> dict[str, Any]:
         return self._options.model_dump(mode="json", include=set(names))
 
-    @property
-    def _verifies_text(self) -> bool:
-        """Whether verification tokenizes text."""
-        ids = self._models.given.task == ENCODER and self._options.eval_text.endswith(".npz")
-        return self._options.verify and not ids
-
     def _load(self) -> None:
-        needs_text = self._verifies_text or not (self._replays or self._options.calib_dataset == "random")
+        verifies_text = self._options.verify and not self._options.eval_text.endswith(".npz")
+        needs_text = verifies_text or not (self._replays or self._options.calib_dataset == "random")
         parts = {**self._option_parts("dtype", "rotate"), "needs_text": needs_text}
         inputs = self._models.source_files()
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.sites import Sites
 from fptq_export.tasks import ENCODER, Task
 
-__all__ = ["check_length", "check_task_options", "wanted_task"]
+__all__ = ["check_cache", "check_length", "check_task_options", "wanted_task"]
 
 _OF_CAUSAL_LMS = {
     "rotate": "encoders are not rotated",
@@ -45,6 +47,19 @@ def check_task_options(options: RunOptions, task: Task) -> None:
     if options.eval_text == "random":
         hint = "give builtin, a .txt, .jsonl or .npz file, or the id of a data set"
         raise UserError("--eval-text random", "random tokens are no text to compare embeddings of", hint)
+
+
+def check_cache(inputs: Sequence[str]) -> None:
+    """Refuse `--max-kv-len` for a graph without a cache.
+
+    Args:
+        inputs: Names of the graph's inputs.
+
+    Raises:
+        UserError: None of them is a cache.
+    """
+    if not any(name.startswith("past_key_values.") for name in inputs):
+        raise UserError("--max-kv-len", "the graph has no cache", "leave it out")
 
 
 def check_length(option: str, tokens: int, sites: Sites) -> None:

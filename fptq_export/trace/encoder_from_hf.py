@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
 
 from fptq_export.errors import UserError
 from fptq_export.tasks import ENCODER, auto_class, build_options
@@ -78,7 +79,8 @@ def traced_encoder_from_config(config: PretrainedConfig, dtype: str, *, trust_re
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
-        model = _body(config, dtype, trust_remote_code)
+        with no_init_weights():  # some draw weights by the values of others, and fake tensors have none
+            model = _body(config, dtype, trust_remote_code)
         refuse_stacked_weights(model)
         names = _input_names(config, model)
         with user_errors_from_torch(model):

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["model_once", "tiny_gemma", "tiny_llama", "tiny_opt"]
+__all__ = [
+    "BERT_POSITIONS",
+    "ENCODER_SIZES",
+    "ESM_MASK",
+    "model_once",
+    "tiny_bert",
+    "tiny_esm",
+    "tiny_gemma",
+    "tiny_llama",
+    "tiny_opt",
+]
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -20,6 +30,12 @@ _SIZES: dict[str, Any] = {
 _SPREAD = 0.15
 """Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits. With transformers' 0.02
 the logits are those of the embedding, and a layer could be wrong unseen."""
+
+BERT_POSITIONS = 96
+ENCODER_SIZES = ("--calib-size", "2", "--calib-seq", "64", "--eval-seq", "64", "--eval-sentences", "9")
+"""Options of a short run of a tiny encoder; there are more sentences than run at a time."""
+ESM_MASK = 32
+"""Token of ESM-2 that stands for a masked residue."""
 
 _directories: dict[str, Path] = {}
 
@@ -63,5 +79,30 @@ def tiny_gemma() -> PretrainedConfig:
         num_key_value_heads=2,
         head_dim=16,
         intermediate_size=128,
+        initializer_range=_SPREAD,
+    )
+
+
+def tiny_bert() -> PretrainedConfig:
+    """LayerNorm after each addition, GELU MLP, biases, two segments; two layers."""
+    from transformers import BertConfig
+
+    sizes = {**_SIZES, "max_position_embeddings": BERT_POSITIONS}
+    return BertConfig(**sizes, num_hidden_layers=2, intermediate_size=128, pad_token_id=1, initializer_range=_SPREAD)
+
+
+def tiny_esm() -> PretrainedConfig:
+    """LayerNorm before attention and MLP, rotary positions, token dropout, GELU written out; one layer."""
+    from transformers import EsmConfig
+
+    return EsmConfig(
+        **_SIZES,
+        num_hidden_layers=1,
+        intermediate_size=128,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        emb_layer_norm_before=False,
+        mask_token_id=ESM_MASK,
+        pad_token_id=1,
         initializer_range=_SPREAD,
     )

@@ -23,8 +23,10 @@ __all__ = [
     "FP32_LOGITS",
     "Traced",
     "causal_feed",
+    "encoder_feed",
     "run",
     "stored_tensors",
+    "torch_hidden",
     "torch_logits",
     "traced_once",
 ]
@@ -96,6 +98,11 @@ def causal_feed(
     return feed
 
 
+def encoder_feed(ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None, **more: Any) -> dict[str, NDArray[Any]]:
+    """Inputs of an encoder's graph: ids [batch, sequence], all of them tokens where no mask is given."""
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask, **more}
+
+
 def run(
     graph: Path,
     feed: Mapping[str, NDArray[Any]],
@@ -134,3 +141,16 @@ def torch_logits(directory: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
         logits: NDArray[np.float32] = model(torch.from_numpy(ids)).logits.numpy()
     return logits
+
+
+def torch_hidden(directory: Path, feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """FP32 hidden states of an encoder in torch, [batch, sequence, hidden]."""
+    import torch
+    from transformers import AutoModel
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = AutoModel.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        output = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
+    hidden: NDArray[np.float32] = output.last_hidden_state.numpy()
+    return hidden
