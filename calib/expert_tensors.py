@@ -30,7 +30,7 @@ from fptq_export.stored_tensor import Rows
 
 __all__ = ["entries_of_linears", "may_hold_experts"]
 
-_MATRIX_RANK = 2
+_MATRIX_RANK, _STACK_RANK = 2, 3
 _HINT = "load the model in transformers and save it again with save_pretrained(..., save_original_format=False)"
 
 
@@ -88,9 +88,8 @@ class _Names:
             yield (key if pattern is not None else name), entry
             return
         if pattern is None:
-            if entry.shape == tuple(self.tensors[name].shape):
-                yield from self._of_stack(path, name, entry)
-            return  # `checks` reports a wrong shape
+            yield from self._of_stack(path, name, entry) if len(entry.shape) == _STACK_RANK else [(name, entry)]
+            return  # of another shape than the config says, it is refused before any work
         sources, expert = self._sources(key, pattern)
         projections = PROJECTIONS[-1:] if name.endswith(".down_proj") else PROJECTIONS[:-1]
         if len(sources) == len(projections):

@@ -5,7 +5,6 @@ Nothing is read before it is needed: a `Checkpoint` holds names and shapes, tens
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from calib.expert_tensors import entries_of_linears, may_hold_experts
 from calib.gguf import directory_from_gguf
 from calib.hub import directory_from_hub
+from calib.model_config import MODEL_ERRORS, config_hint, first_line, read_config, task_of_model
 from calib.quiet import quiet_transformers
 from calib.tensor_files import TensorEntry, tensor_entries_from_directory
 from calib.tensor_names import is_outside_body, tensors_of_causal_lm, tensors_of_encoder
 from fptq_export.errors import UserError
 from fptq_export.experts.unstack import stacked_experts, unstack_experts
 from fptq_export.progress import Progress
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, auto_class, build_options, task_from_config
+from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, auto_class, build_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,17 +51,6 @@ __all__ = [
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_MODEL_ERRORS = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    OSError,
-    StrictDataclassError,
-)
-"""What transformers raises for a config that it cannot read or build; the errors have no common base."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +141,8 @@ def checkpoint_from_directory(
         UserError: The config or a weight file is missing or unreadable, or the model is not one this tool can quantize.
         UserErrors: The shard index is wrong.
     """
-    config = _read_config(directory, trust_remote_code, quantized)
-    found = _task(config, task, directory, trust_remote_code=trust_remote_code)
+    config = read_config(directory, trust_remote_code, quantized)
+    found = task_of_model(config, task, directory, trust_remote_code=trust_remote_code)
     if quantized and found == ENCODER:
         cause = "is a quantized checkpoint of an encoder, and those of language models only are read"
         raise UserError(str(directory), cause, "give the original FP16, BF16 or FP32 model")
@@ -173,53 +161,6 @@ def _with_unstacked_experts(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     tensors = entries_of_linears(checkpoint.tensors, model, experts)
     return replace(checkpoint, tensors=tensors, unstacked=True)
-
-
-def _task(config: PreTrainedConfig, wanted: Task | None, directory: Path, *, trust_remote_code: bool) -> Task:
-    task = task_from_config(config, wanted, trust_remote_code=trust_remote_code)
-    if task is not None:
-        return task
-    names = {CAUSAL_LM: "causal language model", ENCODER: "encoder"}
-    missing = names[wanted] if wanted is not None else " and no ".join(names.values())
-    raise UserError(
-        str(directory / "config.json"),
-        f"transformers has no {missing} for model_type {config.model_type!r}",
-        "give a decoder-only language model or an encoder",
-    )
-
-
-def _read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> PreTrainedConfig:
-    file = directory / "config.json"
-    if not file.is_file():
-        raise UserError(str(file), "no such file", "give the directory that holds config.json and the weights")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        with quiet_transformers():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except _MODEL_ERRORS as error:
-        raise UserError(str(file), f"not a usable model config ({_first_line(error)})", _config_hint(error)) from error
-    if quantized:
-        # The model that the config describes is the float one.
-        vars(config).pop("quantization_config", None)
-    elif raw.get("quantization_config") is not None:
-        raise UserError(str(file), "the weights are already quantized", "give the original FP16, BF16 or FP32 model")
-    if raw.get("transformers_weights") is not None:
-        cause = "it names its weight file (transformers_weights), which would bypass the checks"
-        raise UserError(str(file), cause, "rename that file to model.safetensors and remove the entry")
-    return config
-
-
-def _config_hint(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "the model needs Python code of its own: read it, then pass --trust-remote-code"
-    return "mend config.json, or download the checkpoint again"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -254,9 +195,9 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedTokenizerBase
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.directory, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
             )
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise UserError(
-            str(checkpoint.directory), f"the tokenizer cannot be read ({_first_line(error)})", "copy its files again"
+            str(checkpoint.directory), f"the tokenizer cannot be read ({first_line(error)})", "copy its files again"
         ) from error
     return tokenizer
 
@@ -349,6 +290,8 @@ def disagreement_from_checkpoint(checkpoint: Checkpoint) -> Disagreement:
     Raises:
         UserError: transformers cannot build a model from the config.
     """
+    if checkpoint.unstacked:
+        return _disagreement_of_linears(checkpoint)
     with _build_errors_as_user_errors(checkpoint), quiet_transformers():
         _, info = _from_pretrained(
             checkpoint, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
@@ -360,6 +303,22 @@ def disagreement_from_checkpoint(checkpoint: Checkpoint) -> Disagreement:
         buffers = {name for name, _ in body.named_buffers()}
         missing = {name for name in missing if name not in buffers}
         unexpected = {name for name in unexpected if not is_outside_body(name, body)}
+    return Disagreement(tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(sorted(mismatched)))
+
+
+def _disagreement_of_linears(checkpoint: Checkpoint) -> Disagreement:
+    """The same for experts that are linears, whose tensors have the names of the model already."""
+    model = skeleton_from_checkpoint(checkpoint)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = {**tied, **{source: target for target, source in tied.items()}}
+    missing = (name for name in wanted if not {name, pairs.get(name, name)} & checkpoint.tensors.keys())
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    unexpected = (
+        name for name in checkpoint.tensors.keys() - wanted if not any(pattern.search(name) for pattern in ignored)
+    )
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items() if name in wanted}
+    mismatched = ((name, shape, wanted[name]) for name, shape in shapes.items() if shape != wanted[name])
     return Disagreement(tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(sorted(mismatched)))
 
 
@@ -378,9 +337,9 @@ def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> Any:
 def _build_errors_as_user_errors(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise UserError(
             str(checkpoint.directory / "config.json"),
-            f"no model can be built from it ({_first_line(error)})",
-            _config_hint(error),
+            f"no model can be built from it ({first_line(error)})",
+            config_hint(error),
         ) from error

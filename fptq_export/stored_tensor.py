@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401 (teaches numpy bfloat16, which safetensors asks it for by name)
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open

@@ -13,6 +13,7 @@ They differ in the order of a float sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ class UnstackedExperts(nn.ModuleList):
     """The experts of a layer; `forward` has the signature of transformers' experts.
 
     Args:
-        experts: In order.
+        experts: In order, at least one.
         static: Which of the two programs runs.
     """
 
@@ -85,12 +86,12 @@ class UnstackedExperts(nn.ModuleList):
         numbers = torch.arange(self.num_experts, device=index.device)
         chosen = (index[..., None] == numbers).to(weights.dtype)
         of_experts = (chosen * weights[..., None]).sum(dim=1)  # [tokens, experts]
-        total: torch.Tensor | None = None
-        for expert, weight in zip(self, of_experts.split(1, dim=1), strict=True):
-            # Not a product with 0: an expert may overflow on a token that is not its own, and 0 x Inf is NaN.
-            part = torch.where(weight == 0, 0.0, expert(x) * weight)
-            total = part if total is None else total + part
-        return torch.zeros_like(x) if total is None else total.to(x.dtype)
+        # Not a product with 0 alone: an expert may overflow on a token that is not its own, and 0 x Inf is NaN.
+        parts = [
+            torch.where(weight == 0, 0.0, expert(x) * weight)
+            for expert, weight in zip(self, of_experts.split(1, dim=1), strict=True)
+        ]
+        return reduce(torch.add, parts).to(x.dtype)
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

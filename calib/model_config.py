@@ -1,0 +1,90 @@
+"""`config.json` of a checkpoint, and what the model is by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from calib.quiet import quiet_transformers
+from fptq_export.errors import UserError
+from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, task_from_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["MODEL_ERRORS", "config_hint", "first_line", "read_config", "task_of_model"]
+
+MODEL_ERRORS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    OSError,
+    StrictDataclassError,
+)
+"""What transformers raises for a config that it cannot read or build; the errors have no common base."""
+
+
+def read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> PreTrainedConfig:
+    """`config.json` of a model; with `quantized` also one that describes quantized weights.
+
+    Raises:
+        UserError: It is missing or unreadable, or not of a model that this tool can quantize.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(str(file), "no such file", "give the directory that holds config.json and the weights")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except MODEL_ERRORS as error:
+        raise UserError(str(file), f"not a usable model config ({first_line(error)})", config_hint(error)) from error
+    if quantized:
+        # The model that the config describes is the float one.
+        vars(config).pop("quantization_config", None)
+    elif raw.get("quantization_config") is not None:
+        raise UserError(str(file), "the weights are already quantized", "give the original FP16, BF16 or FP32 model")
+    if raw.get("transformers_weights") is not None:
+        cause = "it names its weight file (transformers_weights), which would bypass the checks"
+        raise UserError(str(file), cause, "rename that file to model.safetensors and remove the entry")
+    return config
+
+
+def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path, *, trust_remote_code: bool) -> Task:
+    """What a model is opened as: as wanted, else as its config says.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    task = task_from_config(config, wanted, trust_remote_code=trust_remote_code)
+    if task is not None:
+        return task
+    names = {CAUSAL_LM: "causal language model", ENCODER: "encoder"}
+    missing = names[wanted] if wanted is not None else " and no ".join(names.values())
+    raise UserError(
+        str(directory / "config.json"),
+        f"transformers has no {missing} for model_type {config.model_type!r}",
+        "give a decoder-only language model or an encoder",
+    )
+
+
+def config_hint(error: Exception) -> str:
+    """What to do about an error of a config."""
+    if "trust_remote_code" in str(error):
+        return "the model needs Python code of its own: read it, then pass --trust-remote-code"
+    return "mend config.json, or download the checkpoint again"
+
+
+def first_line(error: Exception) -> str:
+    """Kind and beginning of an error, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"

@@ -1,0 +1,108 @@
+"""Tiny mixtures of experts, and what transformers' own code says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["EXPERTS", "LAYERS", "Float64", "Routed", "routed_inputs", "stacked_model", "tiny_mixtral", "tiny_qwen3_moe"]
+
+EXPERTS, LAYERS = 4, 2
+_SIZES: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "intermediate_size": 128,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def tiny_mixtral() -> PretrainedConfig:
+    """Two of four experts a token, with weights that sum to 1; files hold `w1`, `w3` and `w2` of each expert."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**_SIZES, num_hidden_layers=LAYERS, num_local_experts=EXPERTS, num_experts_per_tok=2)
+
+
+def tiny_qwen3_moe() -> PretrainedConfig:
+    """One layer of four experts, QK norm; two experts a token, whose weights do not sum to 1."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        **_SIZES,
+        num_hidden_layers=1,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        head_dim=16,
+        norm_topk_prob=False,
+    )
+
+
+def stacked_model(directory: Path, dtype: torch.dtype) -> Any:
+    """The model as transformers loads and runs it, one expert after the other."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
+
+
+class Float64(TorchFunctionMode):
+    """Takes float64 wherever a model's code asks for float32, as norms and routers do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Any = None) -> Any:
+        """Run the function with the wider type."""
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@dataclass
+class Routed:
+    """What the experts of one layer are called with."""
+
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    chosen: list[torch.Tensor] = field(default_factory=list)
+
+    def of_expert(self, expert: int) -> NDArray[np.float32]:
+        """Tokens that chose an expert, [tokens, hidden]."""
+        x, index = torch.cat(self.inputs), torch.cat(self.chosen)
+        result: NDArray[np.float32] = x[(index == expert).any(dim=1)].numpy()
+        return result
+
+
+def routed_inputs(model: Any, tokens: torch.Tensor) -> list[Routed]:
+    """Run transformers' model and record each layer's experts."""
+    layers: list[Routed] = []
+    for block in model.model.layers:
+        routed = Routed()
+        layers.append(routed)
+
+        def record(_: nn.Module, args: tuple[torch.Tensor, ...], routed: Routed = routed) -> None:
+            routed.inputs.append(args[0])
+            routed.chosen.append(args[1])
+
+        block.mlp.experts.register_forward_pre_hook(record)
+    with torch.inference_mode():
+        model(input_ids=tokens)
+    return layers
