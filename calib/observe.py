@@ -20,7 +20,7 @@ from calib.stream import BlockStream, LoadModel
 from fptq_export.errors import UserError
 from fptq_export.progress import Progress, Task
 
-__all__ = ["Execution", "HessianSink", "observe"]
+__all__ = ["Execution", "HessianSink", "hessians_of_block", "hessians_of_rest", "observe"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,40 @@ def observe(
                 f"layer {missing[0]}", "never ran in calibration", "calibrate on more text, or --exclude it"
             )
     return inputs.stats(linears)
+
+
+def hessians_of_block(
+    stream: BlockStream, index: int, block: nn.Module, owners: Mapping[str, str], batches: TokenBatches
+) -> dict[str, torch.Tensor]:
+    """Mean x x^T of the inputs of a block's linears for the hidden states that reached it; the stream stays.
+
+    Args:
+        stream: At the block.
+        index: Of the block.
+        block: From the stream.
+        owners: Linear -> linear under whose path the matrix of their common input is kept, for the block's linears.
+        batches: What the stream runs, all of it.
+
+    Returns:
+        Owner -> float32 [in, in] on the CPU. A linear that no token reached is missing.
+
+    Raises:
+        UserError: An activation is NaN or Inf.
+    """
+    found: dict[str, torch.Tensor] = {}
+    inputs = _Inputs(batches, HessianSink(owners, found.__setitem__))
+    with _hooks(block, f"{stream.path}.{index}.", tuple(owners), inputs):
+        for _ in stream.replay(index, block):
+            inputs.forget_tensor()
+    inputs.finish(tuple(owners), ALONE, CPU)
+    return found
+
+
+def hessians_of_rest(stream: BlockStream, owners: Mapping[str, str], batches: TokenBatches) -> dict[str, torch.Tensor]:
+    """The same for linears outside the blocks, once the stream has passed all of them."""
+    found: dict[str, torch.Tensor] = {}
+    _observe_rest(stream, tuple(owners), _Inputs(batches, HessianSink(owners, found.__setitem__)), ALONE)
+    return found
 
 
 def _go_on(stream: BlockStream, inputs: _Inputs, execution: Execution) -> int:
