@@ -31,6 +31,7 @@ from torch import nn
 from calib.fake_quant import FakeQuantLinear
 from fptq_export.numerics import INT8_MAX, INT8_MIN, PER_TOKEN_EPS
 from fptq_export.packing import INT4_MAX, INT4_MIN
+from fptq_export.progress import Task
 
 __all__ = ["BlockProblem", "Reconstruction", "block_loss", "reconstruct"]
 
@@ -78,18 +79,19 @@ class Reconstruction:
     """Of `codes`: never above that before."""
 
 
-def reconstruct(problem: BlockProblem, steps: int, seed: int) -> Reconstruction:
+def reconstruct(problem: BlockProblem, steps: int, seed: int, task: Task) -> Reconstruction:
     """Learn the rounding of a block; the same seed gives the same codes.
 
     Args:
         problem: The block and its start.
         steps: Of Adam, a batch each, drawn without replacement until all have been.
         seed: Of the order of the batches.
+        task: Counts the steps.
     """
     learned = {path: _learned(problem, path) for path in problem.starts}
     with _replaced(problem.block, learned):
         before = _loss(problem)
-        _train(problem, list(learned.values()), steps, seed)
+        _train(problem, list(learned.values()), steps, seed, task)
         after = _loss(problem)
     if after < before:
         return Reconstruction({path: linear.codes() for path, linear in learned.items()}, before, after)
@@ -132,7 +134,7 @@ def _loss(problem: BlockProblem) -> float:
     return total / tokens
 
 
-def _train(problem: BlockProblem, learned: Sequence[_LearnedLinear], steps: int, seed: int) -> None:
+def _train(problem: BlockProblem, learned: Sequence[_LearnedLinear], steps: int, seed: int, task: Task) -> None:
     """Adam, whose step falls linearly to zero."""
     variables = [linear.v for linear in learned]
     first = 2.0 * _TRAVEL / steps
@@ -151,6 +153,7 @@ def _train(problem: BlockProblem, learned: Sequence[_LearnedLinear], steps: int,
             variable.grad = gradient
         adam.step()
         schedule.step()
+        task.advance()
 
 
 class _LearnedLinear(nn.Module):

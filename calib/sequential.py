@@ -110,12 +110,14 @@ def sequential_arrays(
     Raises:
         UserError: No token reaches a linear, an activation is not finite, or what `quantize` raises.
     """
-    quantized = list(policy.quantized())
-    with progress.task("quantize weights", len(quantized), unit="layers") as task:
-        walk = _Walk(policy, sites, equalization, plan, quantize, task)
-        for index in range(walk.stream.count):
-            yield from walk.block(index).items()
-        yield from walk.rest().items()
+    walk = _Walk(policy, sites, equalization, plan, quantize)
+    blocks = range(walk.count)
+    total = len(policy.quantized()) + plan.reconstruction_steps * sum(walk.learns(index) for index in blocks)
+    unit = "layers and steps" if plan.reconstruction_steps else "layers"
+    with progress.task("quantize weights", total, unit=unit) as task:
+        for index in blocks:
+            yield from walk.block(index, task).items()
+        yield from walk.rest(task).items()
     if plan.spill is not None:
         shutil.rmtree(plan.spill, ignore_errors=True)
 
@@ -130,68 +132,78 @@ class _Walk:
         equalization: Mapping[str, NDArray[Any]],
         plan: Sequential,
         quantize: Quantize,
-        task: Task,
     ) -> None:
-        self._policy, self._sites, self._plan, self._task = policy, sites, plan, task
+        self._policy, self._sites, self._plan = policy, sites, plan
         self._equalization = {name: array for name, array in equalization.items() if name.endswith(".equalization")}
         self._quantize = quantize
         base = f"{plan.load().base_model_prefix}."
         head = not all(path.startswith(base) for path in policy.quantized())
         self.stream = plan.stream("quantized", head=head)
         self._float = plan.stream("float", head=False) if plan.reconstruction_steps else None
-        self._done: set[str] = set()
+        quantized = policy.quantized()
+        self._prefixes = [f"{self.stream.path}.{index}." for index in range(self.stream.count)]
+        self._in_blocks = [[path for path in quantized if path.startswith(prefix)] for prefix in self._prefixes]
+        self._outside = [path for path in quantized if not path.startswith(tuple(self._prefixes))]
 
-    def block(self, index: int) -> Arrays:
+    @property
+    def count(self) -> int:
+        """Blocks to run: none after the last one with a quantized linear, if nothing is quantized behind it."""
+        if self._outside:
+            return self.stream.count
+        return max((index + 1 for index, paths in enumerate(self._in_blocks) if paths), default=0)
+
+    def learns(self, index: int) -> bool:
+        """Whether a block has rounding that can be learned."""
+        return self._float is not None and bool(self._int4(index))
+
+    def block(self, index: int, task: Task) -> Arrays:
         """Quantize one block and let the hidden states pass it."""
-        prefix = f"{self.stream.path}.{index}."
-        paths = [path for path in self._policy.quantized() if path.startswith(prefix)]
+        prefix, paths = self._prefixes[index], self._in_blocks[index]
         block = self.stream.load_block(index)
         owners = self._owners(paths)
         found = hessians_of_block(self.stream, index, block, owners, self._plan.batches) if owners else {}
-        arrays = self._arrays(paths, owners, found)
+        arrays = self._arrays(paths, owners, found, task)
         if self._float is not None:
             _pass(self._float, index, block)
             self._plan.forget("float", index)
         block.cpu()  # where scales and codes are
-        if self._float is not None:
-            arrays |= self._reconstructed(self._float, index, block, prefix, arrays)
+        if self._float is not None and self.learns(index):
+            arrays |= self._reconstructed(self._float, index, block, arrays, task)
         apply_policy(block, self._policy, self._equalization | arrays, self._sites, prefix=prefix)
         _pass(self.stream, index, block.to(self._plan.device))
         self._plan.forget("quantized", index)
-        self._done.update(paths)
         return arrays
 
-    def rest(self) -> Arrays:
+    def rest(self, task: Task) -> Arrays:
         """Quantize what lies outside the blocks; the stream has passed all of them."""
-        paths = [path for path in self._policy.quantized() if path not in self._done]
-        if not paths:
-            return {}
-        owners = self._owners(paths)
+        owners = self._owners(self._outside)
         found = hessians_of_rest(self.stream, owners, self._plan.batches) if owners else {}
-        return self._arrays(paths, owners, found)
+        return self._arrays(self._outside, owners, found, task)
+
+    def _int4(self, index: int) -> list[str]:
+        return [path for path in self._in_blocks[index] if self._policy.layers[path].group_size is not None]
 
     def _owners(self, paths: Sequence[str]) -> dict[str, str]:
         """Linears whose method needs the Hessian of the input -> the linear that it is kept under."""
         return owners_from_sites(self._sites, {path for path in paths if needs_hessian(self._policy.layers[path])})
 
-    def _arrays(self, paths: Sequence[str], owners: Mapping[str, str], found: Mapping[str, torch.Tensor]) -> Arrays:
+    def _arrays(
+        self, paths: Sequence[str], owners: Mapping[str, str], found: Mapping[str, torch.Tensor], task: Task
+    ) -> Arrays:
         arrays: Arrays = {}
         for path in paths:
             if path in owners and owners[path] not in found:
                 cause = "no token of the calibration text reaches it once the blocks before it are quantized"
                 raise UserError(f"layer {path}", cause, "calibrate on more text, or leave --sequential out")
             arrays |= self._quantize(path, found[owners[path]].clone() if path in owners else None)
-            self._task.advance()
+            task.advance()
         return arrays
 
     def _reconstructed(
-        self, float_model: BlockStream, index: int, block: nn.Module, prefix: str, arrays: Arrays
+        self, float_model: BlockStream, index: int, block: nn.Module, arrays: Arrays, task: Task
     ) -> Arrays:
         """Better codes for the INT4 layers of a block that the float model has passed already."""
-        layers = self._policy.quantized()
-        paths = [path for path, layer in layers.items() if path.startswith(prefix) and layer.group_size is not None]
-        if not paths:
-            return {}
+        prefix, paths = self._prefixes[index], self._int4(index)
         with applied_policy(block, self._policy, self._equalization, self._sites, weights="float", prefix=prefix):
             weights = {path: block.get_parameter(f"{path.removeprefix(prefix)}.weight").detach() for path in paths}
         with applied_policy(block, self._policy, self._equalization | arrays, self._sites, prefix=prefix):
@@ -202,7 +214,7 @@ class _Walk:
                 target=float_model.hidden,
                 batches=self.stream.batches,
             )
-            found = reconstruct(problem, self._plan.reconstruction_steps, self._plan.seed)
+            found = reconstruct(problem, self._plan.reconstruction_steps, self._plan.seed, task)
             block.cpu()
         return {f"{prefix}{path}.weight_codes": packed_from_int4(codes.numpy()) for path, codes in found.codes.items()}
 

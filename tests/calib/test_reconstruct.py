@@ -11,6 +11,7 @@ from calib.fake_quant import FakeQuantLinear
 from calib.reconstruct import BlockProblem, Reconstruction, Start, block_loss, reconstruct
 from calib.weights import WeightProblem
 from calib.weights.rtn import quantize_rtn
+from tests.support.checkpoints import CountingProgress
 
 WIDTH, TOKENS, BATCHES, GROUP, STEPS = 32, 64, 3, 16, 40
 FLOAT64_BOUND = 2.0**-18
@@ -61,7 +62,11 @@ class _Case:
         )
 
     def learn(self, steps: int = STEPS, seed: int = 0) -> Reconstruction:
-        return reconstruct(self.problem(), steps, seed)
+        progress = CountingProgress()
+        with progress.task("learn", steps) as task:
+            found = reconstruct(self.problem(), steps, seed, task)
+        assert progress.done == progress.totals
+        return found
 
     def loss_of(self, codes: dict[str, torch.Tensor]) -> float:
         """Written out in float64 with `FakeQuantLinear` alone, the relative error of every token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from calib.load import Checkpoint, checkpoint_from_directory, model_from_checkpo
 from calib.observe import HessianSink, observe
 from calib.sequential import Sequential, sequential_arrays
 from calib.stats import Stats
+from calib.stream import BlockStream
 from fptq_export.errors import UserError
 from fptq_export.policy import Policy, SequentialCodes
 from fptq_export.progress import NoProgress
@@ -191,6 +192,26 @@ def test_layers_say_whether_their_rounding_was_learned(measured_llama: Measured,
     changed = {name.rsplit(".", 1)[0] for name in codes if not np.array_equal(codes[name], rounded[name])}
     assert changed
     assert not any(path.endswith(("down_proj", "lm_head")) for path in changed)
+
+
+def test_blocks_behind_the_last_quantized_one_do_not_run(
+    measured_llama: Measured, batches: TokenBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their outputs are of no use; and a block that stays float is still passed."""
+    passed: list[int] = []
+    advance = BlockStream.advance
+
+    def watched(stream: BlockStream, index: int, block: nn.Module) -> Iterator[int]:
+        passed.append(index)
+        return advance(stream, index, block)
+
+    monkeypatch.setattr(BlockStream, "advance", watched)
+    plan = plan_of(measured_llama.checkpoint, batches, reconstruction_steps=1)
+    measured_llama.decide(plan, exclude=("layers.1", "lm_head"))
+    assert passed == [0, 0]
+    passed.clear()
+    measured_llama.decide(plan, exclude=("layers.0", "lm_head"))
+    assert passed == [0, 0, 1, 1]
 
 
 def test_limit_of_memory_changes_no_bit(measured_llama: Measured, batches: TokenBatches, tmp_path: Path) -> None:
