@@ -14,7 +14,7 @@ from fptq_export.files import json_path_from_location
 from fptq_export.policy import Policy, SiteEqualization
 from fptq_export.sites import FoldSite, Sites
 
-__all__ = ["outdated_scale_problems", "table_problems"]
+__all__ = ["outdated_code_problems", "outdated_scale_problems", "table_problems"]
 
 Maxima = Mapping[str, NDArray[np.float32]]
 
@@ -88,6 +88,32 @@ def outdated_scale_problems(
         if scale != own and scale in others:
             cause = f"is not the scale after this equalization of {site}, but an earlier one: set it to null"
             yield Problem(json_path_from_location(("layers", path, "activation_scale")), cause)
+
+
+def outdated_code_problems(
+    policy: Policy, sites: Sites, now: Mapping[str, NDArray[np.float32]], before: Mapping[str, NDArray[np.float32]]
+) -> Iterator[Problem]:
+    """List layers whose stored codes are to be kept though they belong to another equalization.
+
+    Args:
+        policy: As read from the file, without other problems.
+        sites: Fold sites of the traced graph.
+        now: Site id -> s as the table says.
+        before: Site id -> s as stored.
+
+    Yields:
+        One problem for each `sequential` layer that reads or produces a site whose s is not the stored one.
+    """
+    for site in sites.fold_sites:
+        if site.id in now and site.id in before and np.array_equal(now[site.id], before[site.id]):
+            continue
+        if site.id not in now and site.id not in before:
+            continue
+        for path in (*site.consumers, *filter(None, [site.producer_linear])):
+            layer = policy.layers.get(path)
+            if layer is not None and layer.sequential is not None:
+                cause = f"its stored codes belong to another equalization of {site.id}; to quantize it anew, remove it"
+                yield Problem(json_path_from_location(("layers", path, "sequential")), cause)
 
 
 def _problem(site_id: str, field: str, message: str) -> Problem:

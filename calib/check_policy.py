@@ -26,8 +26,8 @@ _NEEDED: Mapping[Precision, tuple[str, ...]] = {
 _MUST_BE_NULL: Mapping[Precision, tuple[str, ...]] = {
     "w4a8": (),
     "w4a16": ("activation", "activation_scale"),
-    "w8a8": ("group_size",),
-    "float": ("activation", "activation_scale", "group_size", "weight_method"),
+    "w8a8": ("group_size", "sequential"),
+    "float": ("activation", "activation_scale", "group_size", "weight_method", "sequential"),
 }
 
 
@@ -103,6 +103,7 @@ def _layer_problems(
     if layer.precision != "w4a8" and layer.signed_scales:
         yield _problem(linear.path, "signed_scales", "only the plugin runs them, and it runs w4a8 layers only")
     yield from _group_size_problems(layer, linear)
+    yield from _sequential_problems(layer, linear)
     yield from _activation_problems(layer, linear, float(maxima[linear.path].max()), in_table=in_table)
 
 
@@ -129,6 +130,17 @@ def _group_size_problems(layer: LayerPolicy, linear: Linear) -> Iterator[Problem
     elif linear.in_features % size:
         cause = f"group_size must divide in_features ({size} does not divide {linear.in_features})"
         yield _problem(linear.path, "group_size", cause)
+
+
+def _sequential_problems(layer: LayerPolicy, linear: Linear) -> Iterator[Problem]:
+    """Codes that are kept fit what the entry says."""
+    if layer.sequential is None or layer.precision not in ("w4a8", "w4a16"):
+        return
+    for field in ("weight_method", "group_size", "signed_scales"):
+        now, made = getattr(layer, field), getattr(layer.sequential, field)
+        if now != made:
+            cause = f"is {now}, but the stored codes were made with {made}; to quantize it anew, remove its sequential"
+            yield _problem(linear.path, field, cause)
 
 
 def _activation_problems(layer: LayerPolicy, linear: Linear, measured: float, *, in_table: bool) -> Iterator[Problem]:

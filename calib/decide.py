@@ -19,6 +19,7 @@ from calib.precision import DEFAULT_EXCLUDE, Choice, chosen_precisions
 from calib.ranges import CalibratedRange, RangeCalibrator, calibrated_range
 from calib.replay import replay_policy
 from calib.rule import float_layer, tier_from_absmax
+from calib.sequential import Sequential, check_sequential_given, with_sequential_entries
 from calib.shared_inputs import stats_of_tensors
 from calib.site_scales import SiteScales, scales_of_policy, site_absmax
 from calib.stats import Stats
@@ -75,6 +76,7 @@ def decide_policy(
     options: PolicyOptions,
     progress: Progress,
     hessians: Path | None = None,
+    sequential: Sequential | None = None,
 ) -> tuple[Policy, ArrayStream]:
     """Apply the FPTQ rule to every linear and quantize the weights.
 
@@ -86,6 +88,7 @@ def decide_policy(
             size and weight method are then not used.
         progress: Reports layers.
         hessians: `hessians.safetensors`, where the weight method needs it.
+        sequential: Quantize weights block by block, with this text. What a layer runs does not depend on it.
 
     Returns:
         The policy, and its arrays for `write_policy`: weights are quantized as they are asked for.
@@ -95,6 +98,8 @@ def decide_policy(
             a layer, or a weight cannot be quantized.
     """
     options.equalization.check_given(checkpoint.given)
+    if sequential is not None:
+        check_sequential_given(checkpoint.given)
     rule = Rule(v0=options.v0, v1=options.v1, equalizer=options.equalization.equalizer)
     choices = chosen_precisions([linear.path for linear in sites.linears], options.exclude, options.precision)
     stats = stats_of_tensors(stats, sites)
@@ -128,7 +133,12 @@ def decide_policy(
         )
     policy, site_scales = _equalized(policy, sites, stats, checkpoint, options.equalization, hessians, progress)
     policy = _with_calibrated_ranges(policy, sites, stats, options)
-    return policy, policy_arrays(policy, sites, stats.channel_absmax, checkpoint, progress, hessians, site_scales)
+    if sequential is not None:
+        policy = with_sequential_entries(policy, sequential)
+    arrays = policy_arrays(
+        policy, sites, stats.channel_absmax, checkpoint, progress, hessians, site_scales, sequential=sequential
+    )
+    return policy, arrays
 
 
 def _equalized(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from fptq_export.numerics import INT8_MAX, INT8_MIN, PER_TOKEN_EPS
 from fptq_export.packing import int4_from_packed
 from fptq_export.policy import LayerPolicy, Policy
 from fptq_export.sites import Sites
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = [
     "FakeQuantLinear",
@@ -102,13 +99,14 @@ class FakeQuantLinear(nn.Module):
 
 
 def apply_policy(
-    model: PreTrainedModel,
+    model: nn.Module,
     policy: Policy,
     arrays: Arrays,
     sites: Sites,
     *,
     weights: WeightPrecision = "int4",
     quantize_activations: bool = True,
+    prefix: str = "",
 ) -> dict[str, nn.Module]:
     """Replace every linear that the policy touches, in place.
 
@@ -119,9 +117,10 @@ def apply_policy(
         sites: Fold sites of the policy.
         weights: `int4` takes the codes of the policy, INT8 ones too; `float` keeps the (equalized) float weights: W16.
         quantize_activations: False leaves activations float: A16, with the same weights.
+        prefix: `model.layers.0.` where `model` is that block alone; arrays of its layers are enough.
 
     Returns:
-        The linears that were replaced, by path.
+        The linears that were replaced, by path in the whole model.
     """
     replaced: dict[str, nn.Module] = {}
     equalization = {site: arrays[f"{site}.equalization"] for site in policy.equalized_sites()}
@@ -133,11 +132,13 @@ def apply_policy(
         if sites.site(site_id).producer_linear is None
     }
     for path, layer in policy.layers.items():
+        if not path.startswith(prefix):
+            continue
         touched = scales.get(path, LinearScales())
         reads_as_before = touched.input is None or path in divisors
         if layer.precision == "float" and reads_as_before and touched.output is None:
             continue
-        linear = replaced[path] = model.get_submodule(path)
+        linear = replaced[path] = model.get_submodule(path.removeprefix(prefix))
         coded = weights == "int4" and layer.precision != "float"
         weight = _weight_from_codes(path, layer, arrays) if coded else _float_weight(linear, touched)
         runs = layer.activation if quantize_activations else None
@@ -148,27 +149,30 @@ def apply_policy(
             scale=layer.activation_scale if runs is not None else None,
             divisor=_tensor(divisors.get(path)),
         )
-        model.set_submodule(path, replacement)
+        model.set_submodule(path.removeprefix(prefix), replacement)
     return replaced
 
 
 @contextmanager
 def applied_policy(
-    model: PreTrainedModel,
+    model: nn.Module,
     policy: Policy,
     arrays: Arrays,
     sites: Sites,
     *,
     weights: WeightPrecision = "int4",
     quantize_activations: bool = True,
+    prefix: str = "",
 ) -> Iterator[None]:
     """`apply_policy` inside the block; the float model again after it."""
-    replaced = apply_policy(model, policy, arrays, sites, weights=weights, quantize_activations=quantize_activations)
+    replaced = apply_policy(
+        model, policy, arrays, sites, weights=weights, quantize_activations=quantize_activations, prefix=prefix
+    )
     try:
         yield
     finally:
         for path, linear in replaced.items():
-            model.set_submodule(path, linear)
+            model.set_submodule(path.removeprefix(prefix), linear)
 
 
 def _weight_from_codes(path: str, layer: LayerPolicy, arrays: Arrays) -> torch.Tensor:

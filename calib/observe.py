@@ -21,7 +21,7 @@ from fptq_export.errors import UserError
 from fptq_export.experts.unstack import experts_of_linears
 from fptq_export.progress import Progress, Task
 
-__all__ = ["Execution", "HessianSink", "observe"]
+__all__ = ["Execution", "HessianSink", "hessians_of_block", "hessians_of_rest", "observe"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,42 @@ def observe(
     return inputs.stats(linears)
 
 
+def hessians_of_block(
+    stream: BlockStream, index: int, block: nn.Module, owners: Mapping[str, str], batches: TokenBatches
+) -> dict[str, torch.Tensor]:
+    """Mean x x^T of the inputs of a block's linears for the hidden states that reached it; the stream stays.
+
+    Args:
+        stream: At the block.
+        index: Of the block.
+        block: From the stream.
+        owners: Linear -> linear under whose path the matrix of their common input is kept, for the block's linears.
+        batches: What the stream runs, all of it.
+
+    Returns:
+        Owner -> float32 [in, in] on the CPU; zeros for a linear of an expert that no token reached.
+
+    Raises:
+        UserError: An activation is NaN or Inf.
+    """
+    found: dict[str, torch.Tensor] = {}
+    inputs = _Inputs(batches, HessianSink(owners, found.__setitem__), lambda: stream.real_tokens)
+    with _hooks(block, f"{stream.path}.{index}.", tuple(owners), inputs):
+        for _ in stream.replay(index, block):
+            inputs.forget_tensor()
+    _expect_experts(inputs, owners, block, f"{stream.path}.{index}.")
+    inputs.finish(tuple(owners), ALONE, CPU)
+    return found
+
+
+def hessians_of_rest(stream: BlockStream, owners: Mapping[str, str], batches: TokenBatches) -> dict[str, torch.Tensor]:
+    """The same for linears outside the blocks, once the stream has passed all of them."""
+    found: dict[str, torch.Tensor] = {}
+    inputs = _Inputs(batches, HessianSink(owners, found.__setitem__), lambda: stream.real_tokens)
+    _observe_rest(stream, tuple(owners), inputs, ALONE)
+    return found
+
+
 def _go_on(stream: BlockStream, inputs: _Inputs, execution: Execution) -> int:
     """Take up what an earlier process finished; returns the number of blocks."""
     state = execution.state
@@ -139,8 +175,7 @@ def _observe_blocks(
                 for tokens in stream.advance(index, block):
                     inputs.forget_tensor()
                     task.advance(tokens)
-            for path in set(paths) & experts_of_linears(block, f"{stream.path}.{index}.").keys():
-                inputs.expect(path, block.get_submodule(path.removeprefix(f"{stream.path}.{index}.")))
+            _expect_experts(inputs, paths, block, f"{stream.path}.{index}.")
         del block  # before the next one is loaded
         inputs.finish(paths, execution.ranks, execution.device)
         if execution.state is not None:
@@ -256,6 +291,12 @@ def _sum_of_ranks(histogram: Histogram, ranks: Ranks) -> Histogram:
     counts = torch.from_numpy(histogram.with_exponent(int(exponent)).counts)
     ranks.sum_(counts)
     return Histogram(counts.numpy(), int(exponent))
+
+
+def _expect_experts(inputs: _Inputs, paths: Iterable[str], block: nn.Module, prefix: str) -> None:
+    """Know of the linears of a block's experts, reached or not."""
+    for path in set(paths) & experts_of_linears(block, prefix).keys():
+        inputs.expect(path, block.get_submodule(path.removeprefix(prefix)))
 
 
 def _rows_of_tokens(path: str, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:

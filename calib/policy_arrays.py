@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,13 @@ from numpy.typing import NDArray
 
 from calib.equalize import LinearScales, equalized_weight, scales_from_sites
 from calib.hessians import Hessians
+from calib.layer_arrays import needs_hessian, quantized_arrays, weight_specs
 from calib.linears import LinearWeights
 from calib.load import Checkpoint
+from calib.sequential import Sequential, sequential_arrays
 from calib.site_scales import SiteScales, scales_of_policy
-from calib.weights import WEIGHT_METHODS, WeightProblem
-from calib.weights.per_channel import quantize_int8
 from fptq_export.errors import UserError
-from fptq_export.packing import packed_from_int4
-from fptq_export.policy import ArrayStream, LayerPolicy, Policy
+from fptq_export.policy import ArrayStream, LayerPolicy, Policy, PolicyArrays
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 from fptq_export.tensor_writer import TensorSpec
@@ -37,6 +37,9 @@ def policy_arrays(
     progress: Progress,
     hessians: Path | None = None,
     site_scales: SiteScales | None = None,
+    *,
+    sequential: Sequential | None = None,
+    stored: PolicyArrays | None = None,
 ) -> ArrayStream:
     """Everything that `policy.safetensors` holds, one weight at a time.
 
@@ -48,6 +51,8 @@ def policy_arrays(
         progress: Reports layers.
         hessians: `hessians.safetensors`, where a weight method needs it.
         site_scales: Those of the policy, where they are known already.
+        sequential: Quantize block by block with the inputs that quantized blocks give, and not from `hessians`.
+        stored: Arrays of the policy as it was: layers with a `sequential` entry keep their codes and scales.
 
     Returns:
         The arrays that `fptq_export.policy` lists.
@@ -66,73 +71,81 @@ def policy_arrays(
     specs = {name: TensorSpec(array.dtype, array.shape) for name, array in small.items()}
     for path, layer in policy.quantized().items():
         _check_shape(path, layer, weights)
-        specs.update(_weight_specs(path, layer))
-    read_hessian = _hessian_reader(sites, policy, hessians)
+        specs.update(weight_specs(path, layer))
+    quantizer = _Quantizer(policy, weights, scales)
+    if sequential is not None:
+        codes = sequential_arrays(policy, sites, small, sequential, quantizer.arrays, progress)
+    else:
+        codes = _one_by_one(quantizer, _hessian_reader(sites, policy, hessians, stored), checkpoint, stored, progress)
 
     def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
         yield from small.items()
-        quantized = policy.quantized()
-        with progress.task("quantize weights", len(quantized), unit="layers") as task:
-            for path, layer in quantized.items():
-                if layer.weight_method == "given":
-                    yield from _given_arrays(path, checkpoint)
-                    task.advance()
-                    continue
-                touched = scales.get(path, LinearScales())
-                weight = equalized_weight(weights.read(path), touched)
-                codes, weight_scales = (
-                    _int8_arrays(path, weight)
-                    if layer.precision == "w8a8"
-                    else _int4_arrays(path, layer, weight, read_hessian(path, touched))
-                )
-                yield f"{path}.weight_codes", codes
-                yield f"{path}.weight_scales", weight_scales
-                task.advance()
+        yield from codes
 
     return ArrayStream(specs, arrays())
 
 
-def _weight_specs(path: str, layer: LayerPolicy) -> dict[str, TensorSpec]:
-    if layer.precision == "w8a8":
-        return {
-            f"{path}.weight_codes": TensorSpec.of("int8", layer.out_features, layer.in_features),
-            f"{path}.weight_scales": TensorSpec.of("float32", layer.out_features),
-        }
-    if layer.group_size is None:
-        raise RuntimeError(f"{path} is to be quantized, but its policy has no group size")
-    return {
-        f"{path}.weight_codes": TensorSpec.of("uint8", layer.out_features, layer.in_features // 2),
-        f"{path}.weight_scales": TensorSpec.of("float16", layer.out_features, layer.in_features // layer.group_size),
-    }
+@dataclass(frozen=True)
+class _Quantizer:
+    """Quantizes the linears of a policy."""
+
+    policy: Policy
+    weights: LinearWeights
+    scales: Mapping[str, LinearScales]
+
+    def arrays(self, path: str, hessian: torch.Tensor | None) -> dict[str, NDArray[Any]]:
+        """Codes and scales of one linear.
+
+        Args:
+            path: Of the linear.
+            hessian: Mean x x^T of its input before equalization, float32 [in, in]; it is not used again. None for
+                methods that do without.
+        """
+        touched = self.scales.get(path, LinearScales())
+        if hessian is not None and touched.input is not None:
+            s = torch.from_numpy(touched.input)
+            hessian.div_(s[:, None]).div_(s)
+        weight = equalized_weight(self.weights.read(path), touched)
+        return quantized_arrays(path, self.policy.layers[path], weight, hessian)
+
+
+def _one_by_one(
+    quantizer: _Quantizer,
+    read_hessian: Callable[[str], torch.Tensor | None],
+    checkpoint: Checkpoint,
+    stored: PolicyArrays | None,
+    progress: Progress,
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Codes and scales of every layer, each from the statistics of the float model, or as they are known already."""
+    quantized = quantizer.policy.quantized()
+    with progress.task("quantize weights", len(quantized), unit="layers") as task:
+        for path, layer in quantized.items():
+            if layer.weight_method == "given":
+                yield from _given_arrays(path, checkpoint)
+            elif _keeps_codes(layer, stored) and stored is not None:
+                specs = weight_specs(path, layer)
+                yield from ((name, stored.read(name, spec.shape)) for name, spec in specs.items())
+            else:
+                yield from quantizer.arrays(path, read_hessian(path)).items()
+            task.advance()
+
+
+def _keeps_codes(layer: LayerPolicy, stored: PolicyArrays | None) -> bool:
+    return stored is not None and layer.sequential is not None
 
 
 def _hessian_reader(
-    sites: Sites, policy: Policy, file: Path | None
-) -> Callable[[str, LinearScales], torch.Tensor | None]:
-    """Give a function that reads H of a linear's equalized input, or None for methods that do without."""
+    sites: Sites, policy: Policy, file: Path | None, stored: PolicyArrays | None
+) -> Callable[[str], torch.Tensor | None]:
+    """Give a function that reads H of a linear's input, or None for methods that do without."""
     layers = policy.quantized()
-    needing = {path for path, layer in layers.items() if _needs_hessian(layer)}
+    needing = {path for path, layer in layers.items() if needs_hessian(layer) and not _keeps_codes(layer, stored)}
     if not needing:
-        return lambda _path, _scales: None
+        return lambda _path: None
     if file is None:
         raise UserError(f"layer {min(needing)}", "its weight method needs Hessians of the inputs", Hessians.HINT)
-    stored = Hessians(file, sites)
-
-    def read(path: str, scales: LinearScales) -> torch.Tensor | None:
-        if path not in needing:
-            return None
-        hessian = stored.read(path)
-        if scales.input is not None:
-            s = torch.from_numpy(scales.input)
-            hessian.div_(s[:, None]).div_(s)
-        return hessian
-
-    return read
-
-
-def _needs_hessian(layer: LayerPolicy) -> bool:
-    method = WEIGHT_METHODS.get(layer.weight_method) if layer.weight_method is not None else None
-    return method is not None and method.needs_hessian
+    matrices = Hessians(file, sites)
+    return lambda path: matrices.read(path) if path in needing else None
 
 
 def _given_arrays(path: str, checkpoint: Checkpoint) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -148,31 +161,3 @@ def _check_shape(path: str, layer: LayerPolicy, weights: LinearWeights) -> None:
     if shape != expected:
         cause = f"its weight is {shape and list(shape)}, but the traced graph has {list(expected)}"
         raise UserError(f"layer {path}", cause, "trace the model again")
-
-
-def _int8_arrays(path: str, weight: torch.Tensor) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    codes, scales = quantize_int8(weight)
-    if not torch.isfinite(scales).all():
-        cause = "its equalized weight is not finite in float32"
-        raise UserError(f"layer {path}", cause, f"leave it in float: --precision '{path}=float'")
-    return codes.numpy(), scales.numpy()
-
-
-def _int4_arrays(
-    path: str, layer: LayerPolicy, weight: torch.Tensor, hessian: torch.Tensor | None
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    if layer.weight_method is None or layer.group_size is None:
-        raise RuntimeError(f"{path} is to be quantized, but its policy has no weight method or no group size")
-    problem = WeightProblem(weight, layer.group_size, hessian, signed_scales=layer.signed_scales)
-    try:
-        quantized = WEIGHT_METHODS[layer.weight_method].quantize(problem)
-    except ValueError as error:
-        hint = "calibrate on more text, or use another --weight-method"
-        raise UserError(f"layer {path}", f"{layer.weight_method} failed: {error}", hint) from error
-    if not torch.isfinite(quantized.scales).all():
-        raise UserError(
-            f"layer {path}",
-            f"its equalized weight reaches {weight.abs().max().item():.4g}: the group scale does not fit float16",
-            f"exclude the layer: --exclude '{path}'",
-        )
-    return packed_from_int4(quantized.codes.numpy()), quantized.scales.numpy()

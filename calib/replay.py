@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from calib.check_equalization import outdated_scale_problems, table_problems
+from calib.check_equalization import outdated_code_problems, outdated_scale_problems, table_problems
 from calib.check_policy import policy_problems
 from calib.equalize import scale_after_equalization
 from calib.equalizers import NEEDS_RMS
@@ -45,7 +45,7 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
 
     What a layer runs is taken from its entry, and how a site is equalized from the table; neither the rule's thresholds
     nor a search are applied again. An `activation_scale` that is null gets its closed form from the channel maxima
-    stored in `policy.safetensors`; another value is kept.
+    stored in `policy.safetensors`; another value is kept. Codes of layers with a `sequential` entry are kept too.
 
     Args:
         path: `policy.json`, with `policy.safetensors` beside it, and `hessians.safetensors` where a weight method needs
@@ -71,7 +71,9 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     problems = [*policy_problems(policy, sites, maxima, given), *table_problems(policy, sites, maxima, rms)]
     _raise_if_any(path, problems)
     scales = scales_of_policy(policy, sites, maxima, LinearWeights.from_checkpoint(checkpoint).read, rms)
-    _raise_if_any(path, list(outdated_scale_problems(policy, sites, maxima, scales.equalization, stored)))
+    now = scales.equalization
+    outdated = outdated_scale_problems(policy, sites, maxima, now, stored)
+    _raise_if_any(path, [*outdated, *outdated_code_problems(policy, sites, now, stored)])
     entries, sites_read = policy.equalizations(), sites.site_by_consumer()
     layers = {}
     for name, layer in policy.layers.items():
@@ -83,7 +85,9 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
         else:
             layers[name] = _float_layer(layer)
     completed = policy.model_copy(update={"layers": layers})
-    return completed, policy_arrays(completed, sites, maxima, checkpoint, progress, hessians, scales)
+    before = PolicyArrays(arrays_path(path))
+    arrays = policy_arrays(completed, sites, maxima, checkpoint, progress, hessians, scales, stored=before)
+    return completed, arrays
 
 
 def _raise_if_any(path: Path, problems: Sequence[Problem]) -> None:

@@ -104,9 +104,25 @@ class BlockStream:
 
     def replay(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Run a block on every batch that reached it and give its outputs; the stream stays where it is."""
-        for batch, call in enumerate(self._calls[index]):
+        for batch in range(len(self._calls[index])):
             self._running = batch
-            yield _hidden_from_output(_run(block, self._hidden.read(batch), call, self._device))
+            with torch.no_grad():
+                output = self.output(index, block, batch)
+            yield output
+
+    def output(self, index: int, block: nn.Module, batch: int) -> torch.Tensor:
+        """What a block makes of one batch that reached it, on the device; differentiable where gradients are on."""
+        hidden = self._hidden.read(batch)
+        return _hidden_from_output(_run(block, hidden, self._calls[index][batch], self._device))
+
+    @property
+    def batches(self) -> int:
+        """Into how many batches the windows are split."""
+        return len(self._batches)
+
+    def hidden(self, batch: int) -> torch.Tensor:
+        """The hidden states of one batch where the stream is: outputs of the last block that it passed."""
+        return self._hidden.read(batch)
 
     def advance(self, index: int, block: nn.Module) -> Iterator[int]:
         """Replace the hidden states by the block's outputs; gives the tokens of each batch as it is done."""
@@ -174,12 +190,12 @@ def _run(block: nn.Module, hidden: torch.Tensor, call: _Call, device: torch.devi
         from accelerate.utils import send_to_device
 
         hidden, call = hidden.to(device), _Call(*send_to_device((call.args, call.kwargs), device))
-    with torch.inference_mode():
-        return block(hidden, *call.args, **call.kwargs)
+    return block(hidden, *call.args, **call.kwargs)
 
 
 def _run_body(body: nn.Module, tokens: torch.Tensor) -> None:
-    with torch.inference_mode():
+    # Not inference mode: blocks that are trained keep what this records for their backward pass.
+    with torch.no_grad():
         body(**model_inputs(tokens, getattr(body, "config", None)), use_cache=False)
 
 

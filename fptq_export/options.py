@@ -58,6 +58,10 @@ class RunOptions(BaseModel):
     """`awq` is `equalizer` awq with `clip`, `gptq+awq` the same with `gptq`; both take the default `equalizer` only."""
     signed_scales: bool = False
     """Let group scales be negative, so that all 16 levels are used; needs `plugin` on."""
+    sequential: bool = False
+    """Quantize weights block by block, with the inputs that the quantized blocks before give."""
+    reconstruct_blocks: NonNegativeInt = 0
+    """Steps of learned rounding against the output of each block, `sequential` included; 0 for none."""
     exclude: tuple[str, ...] = ("lm_head",)
     """Regular expressions of torch paths that keep the float precision."""
     precision: tuple[str, ...] = ()
@@ -68,7 +72,7 @@ class RunOptions(BaseModel):
     """Samples of `calib_seq` tokens."""
     calib_seq: PositiveInt = 512
     batch_size: NonNegativeInt = 0
-    """Samples in one forward pass of calibration; 0 picks one."""
+    """Samples in one forward pass of calibration, and in one step of `reconstruct_blocks`; 0 picks one."""
     seed: NonNegativeInt = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Runs the decoder blocks in calibration: `auto`, `cpu`, `cuda` or `cuda:1`."""

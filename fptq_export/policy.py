@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from safetensors import SafetensorError, safe_open
 
 from fptq_export.errors import UserError
@@ -43,6 +43,7 @@ __all__ = [
     "Policy",
     "PolicyArrays",
     "Precision",
+    "SequentialCodes",
     "SiteEqualization",
     "WeightMethod",
     "arrays_path",
@@ -84,6 +85,20 @@ class CandidateFigures(_Model):
     """Modelled or measured microseconds for one token."""
 
 
+class SequentialCodes(_Model):
+    """How the codes of a layer were made with the inputs that quantized blocks give."""
+
+    weight_method: WeightMethod
+    group_size: PositiveInt
+    signed_scales: bool
+    reconstruction_steps: NonNegativeInt = 0
+    """Steps of learned rounding against the output of the decoder block; 0 for none."""
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class LayerPolicy(_Model):
     """What one linear runs.
 
@@ -109,6 +124,9 @@ class LayerPolicy(_Model):
     weight_method: WeightMethod | None = None
     signed_scales: bool = False
     """Group scales may be negative, so that all 16 levels are used. Only the plugin runs such layers."""
+    sequential: SequentialCodes | None = Field(default=None, exclude_if=_is_none)
+    """Set where the codes were made block by block, from text; absent elsewhere. A replay keeps such codes as they are;
+    without the entry it quantizes the layer anew."""
     site: str | None = None
     """Fold site of the input, from `sites.json`."""
     candidates: tuple[CandidateFigures, ...] = ()

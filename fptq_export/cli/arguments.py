@@ -139,7 +139,7 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--calib-size", type=int, metavar="N", help="samples [64]")
     group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
-    group.add_argument("--batch-size", type=int, metavar="N", help="samples in one forward pass; 0 picks one [0]")
+    group.add_argument("--batch-size", type=int, metavar="N", help="samples in one pass or step; 0 picks one [0]")
     group.add_argument("--seed", type=int, metavar="N", help="seed of the sample choice [0]")
     group.add_argument(
         "--device", metavar="NAME", help="auto, cpu, cuda or cuda:1: runs the blocks [auto: a GPU if there is one]"
@@ -192,6 +192,17 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--signed-scales",
         action=argparse.BooleanOptionalAction,
         help="group scales may be negative: more accurate, needs --plugin on [no]",
+    )
+    group.add_argument(
+        "--sequential",
+        action=argparse.BooleanOptionalAction,
+        help="quantize block by block, with the inputs that the quantized blocks before give [no]",
+    )
+    group.add_argument(
+        "--reconstruct-blocks",
+        type=int,
+        metavar="STEPS",
+        help="the same, then learn the rounding of each block against the float block's output: about 100 steps [0]",
     )
     group.add_argument(
         "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"

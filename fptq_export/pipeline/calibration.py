@@ -24,11 +24,13 @@ from calib.observe import Execution, HessianSink, observe
 from calib.precision import excluded_paths, float_paths
 from calib.ranks import Ranks, share_of_rank
 from calib.replay import replay_policy
+from calib.sequential import Sequential, check_sequential_given
 from calib.state import CalibrationState
 from calib.stats import read_stats, write_stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
+from fptq_export.pipeline.check_options import quantizes_block_by_block
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.task_options import check_length
 from fptq_export.policy import LayerPolicy, Policy, WeightMethod, write_policy
@@ -46,6 +48,7 @@ __all__ = [
     "needs_hessians",
     "replay",
     "summary_from_policy",
+    "weight_method_of",
 ]
 
 
@@ -80,6 +83,8 @@ def calibrate(
     """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
     _equalizer(options).check_given(checkpoint.given)
     check_length("--calib-seq", options.calib_seq, sites)
+    if quantizes_block_by_block(options):
+        check_sequential_given(checkpoint.given)
     batches = _batches(checkpoint, options)
     paths = [linear.path for linear in sites.linears]
     stays_float = set(float_paths(paths, options.exclude, options.precision))
@@ -202,10 +207,11 @@ def _measured_otherwise(sites: Sites, options: RunOptions) -> list[str]:
 
 def needs_hessians(options: RunOptions) -> bool:
     """Whether the weight method or the equalizer of a run needs the Hessians of the inputs."""
-    return WEIGHT_METHODS[_weight_method(options)].needs_hessian or _equalizer(options).needs_hessian
+    return WEIGHT_METHODS[weight_method_of(options)].needs_hessian or _equalizer(options).needs_hessian
 
 
-def _weight_method(options: RunOptions) -> WeightMethod:
+def weight_method_of(options: RunOptions) -> WeightMethod:
+    """The weight method, where the option names an equalizer too."""
     if options.weight_method == "awq":
         return "clip"
     return "gptq" if options.weight_method == "gptq+awq" else options.weight_method
@@ -221,16 +227,29 @@ def decide(
     checkpoint: Checkpoint,
     sites: Sites,
     options: RunOptions,
-    stats_path: Path,
+    directory: RunDirectory,
     hessians_path: Path | None,
-    policy_path: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Choose what every linear runs, quantize its weight, and write both halves of the policy."""
-    rule = _policy_options(options)
-    policy, arrays = decide_policy(sites, read_stats(stats_path), checkpoint, rule, progress, hessians_path)
-    write_policy(policy, arrays, policy_path)
+    rule, stats = _policy_options(options), read_stats(directory.stats)
+    sequential = _sequential(checkpoint, options, directory) if quantizes_block_by_block(options) else None
+    policy, arrays = decide_policy(sites, stats, checkpoint, rule, progress, hessians_path, sequential)
+    write_policy(policy, arrays, directory.policy)
     return summary_from_policy(policy)
+
+
+def _sequential(checkpoint: Checkpoint, options: RunOptions, directory: RunDirectory) -> Sequential:
+    return Sequential(
+        load=partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint)),
+        batches=_batches(checkpoint, options),
+        batch_size=options.batch_size,
+        device=device_from_option(options.device),
+        reconstruction_steps=options.reconstruct_blocks,
+        seed=options.seed,
+        max_memory=options.max_memory,
+        spill=directory.block_state,
+    )
 
 
 def decide_by_budget(
@@ -264,7 +283,7 @@ def _policy_options(options: RunOptions) -> PolicyOptions:
         v0=options.v0,
         v1=options.v1,
         group_size=options.group_size,
-        weight_method=_weight_method(options),
+        weight_method=weight_method_of(options),
         signed_scales=options.signed_scales,
         exclude=options.exclude,
         equalization=_equalizer(options),

@@ -15,7 +15,7 @@ from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.policy import read_policy
 from fptq_export.roofline.measured import read_cost_table
 
-__all__ = ["check_options", "replays"]
+__all__ = ["check_options", "quantizes_block_by_block", "replays"]
 
 
 _PAPER_ALPHA = RunOptions.model_fields["smoothquant_alpha"].default
@@ -57,6 +57,7 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], 
     if replays(options):
         _check_replayed_policy(options)
     _check_auto(options)
+    _check_sequential(options)
     _check_execution(options, ranks, calibrates="calibrate" in stages and not replays(options))
     if stages == ("interchange",) and options.checkpoint is None:
         raise UserError("--checkpoint", "is missing", "say where the checkpoint goes: --checkpoint out/")
@@ -111,6 +112,29 @@ def _check_auto(options: RunOptions) -> None:
             raise UserError(
                 option, f"means nothing with --policy {options.policy}", "add --policy auto, or leave it out"
             )
+
+
+def quantizes_block_by_block(options: RunOptions) -> bool:
+    """Whether weights are quantized with the inputs that quantized blocks give."""
+    return options.sequential or options.reconstruct_blocks > 0
+
+
+def _check_sequential(options: RunOptions) -> None:
+    if not quantizes_block_by_block(options):
+        return
+    option = "--reconstruct-blocks" if options.reconstruct_blocks else "--sequential"
+    if replays(options):
+        cause = "needs the calibration text, and a replayed policy keeps its codes or quantizes layer by layer"
+        raise UserError(option, cause, "leave one of the two out")
+    if options.policy == "auto":
+        cause = "does not work with --policy auto, which measures weights that are quantized layer by layer"
+        raise UserError(option, cause, "leave one of the two out")
+    from calib.weights import WEIGHT_METHODS  # torch, which other verbs do without
+    from fptq_export.pipeline.calibration import weight_method_of
+
+    if not WEIGHT_METHODS[weight_method_of(options)].needs_hessian and not options.reconstruct_blocks:
+        cause = f"changes nothing: {options.weight_method} does not look at inputs"
+        raise UserError(option, cause, "use gptq or another method that does, or leave it out")
 
 
 def _check_build(options: RunOptions, target: Target, *, only_verb: bool) -> None:

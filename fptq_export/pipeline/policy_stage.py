@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fptq_export.options import RunOptions
-from fptq_export.pipeline.check_options import replays
+from fptq_export.pipeline.check_options import quantizes_block_by_block, replays
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage
 from fptq_export.policy import arrays_path
@@ -24,16 +24,9 @@ _RULE_OPTIONS = (
     *("v0", "v1", "equalizer", "smoothquant_alpha", "group_size", "weight_method", "signed_scales"),
     *("exclude", "precision", "range_calibrator", "percentile"),
 )
-_AUTO_OPTIONS = (
-    *_RULE_OPTIONS,
-    "effective_bits",
-    "max_ppl_increase",
-    "max_dynamic_layers",
-    "calib_dataset",
-    "calib_size",
-    "calib_seq",
-    "seed",
-)
+_TEXT_OPTIONS = ("calib_dataset", "calib_size", "calib_seq", "seed")
+_AUTO_OPTIONS = (*_RULE_OPTIONS, "effective_bits", "max_ppl_increase", "max_dynamic_layers", *_TEXT_OPTIONS)
+_SEQUENTIAL_OPTIONS = ("sequential", "reconstruct_blocks", "batch_size", *_TEXT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,10 @@ def policy_stage(options: RunOptions, directory: RunDirectory, inputs: PolicyInp
             edited,
         )
     parts = _parts(options, _RULE_OPTIONS)
+    if quantizes_block_by_block(options):
+        parts |= _parts(options, _SEQUENTIAL_OPTIONS)
+        text = Path(options.calib_dataset)
+        measured = (*measured, *inputs.tokenizer, *([text] if text.is_file() else []))
     return Stage("policy", parts, measured, outputs, lambda: _decide(options, directory, inputs, progress), edited)
 
 
@@ -95,7 +92,7 @@ def _decide(
     from fptq_export.pipeline.calibration import decide
 
     hessians = next(iter(inputs.hessians), None)
-    return decide(inputs.checkpoint(), inputs.sites(), options, directory.stats, hessians, directory.policy, progress)
+    return decide(inputs.checkpoint(), inputs.sites(), options, directory, hessians, progress)
 
 
 def _decide_by_budget(

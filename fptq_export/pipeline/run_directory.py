@@ -51,6 +51,11 @@ class RunDirectory:
         return self.path / "calibration-state"
 
     @property
+    def block_state(self) -> Path:
+        """Hidden states above the memory limit while weights are quantized block by block; a folder."""
+        return self.path / "block-state"
+
+    @property
     def policy(self) -> Path:
         """The readable half of the policy."""
         return self.path / "policy.json"

@@ -18,6 +18,7 @@ _OF_CAUSAL_LMS = {
     "decode_steps": "an encoder does not decode",
     "max_kv_len": "an encoder has no cache",
     "checkpoint": "checkpoints are written of causal language models only",
+    "reconstruct_blocks": "its loss would count padding; use --sequential",
 }
 _OF_ENCODERS = {
     "min_cosine": "a causal language model has no text embedding; use --max-ppl-increase",
