@@ -13,10 +13,24 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fptq_export.sites import FoldSite, Linear, Producer, SiteKind, Sites
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["EXPERTS", "LAYERS", "Float64", "Routed", "routed_inputs", "stacked_model", "tiny_mixtral", "tiny_qwen3_moe"]
+    from calib.load import Checkpoint
+
+__all__ = [
+    "EXPERTS",
+    "LAYERS",
+    "Float64",
+    "Routed",
+    "mixtral_sites",
+    "routed_inputs",
+    "stacked_model",
+    "tiny_mixtral",
+    "tiny_qwen3_moe",
+]
 
 EXPERTS, LAYERS = 4, 2
 _SIZES: Mapping[str, Any] = {
@@ -106,3 +120,53 @@ def routed_inputs(model: Any, tokens: torch.Tensor) -> list[Routed]:
     with torch.inference_mode():
         model(input_ids=tokens)
     return layers
+
+
+def mixtral_sites(checkpoint: Checkpoint) -> Sites:
+    """What trace finds in the MoE blocks of a Mixtral, and nothing of its attention."""
+    linears: list[Linear] = []
+    fold_sites: list[FoldSite] = []
+    for layer in range(LAYERS):
+        block, norm = f"model.layers.{layer}.mlp", f"model.layers.{layer}.post_attention_layernorm"
+        router = _linear(checkpoint, f"{block}.gate", norm, float_reason=f"it scores the experts of {block}.experts")
+        readers = [router]
+        for expert in range(EXPERTS):
+            path = f"{block}.experts.{expert}"
+            readers += [_linear(checkpoint, f"{path}.{name}", norm, expert=path) for name in ("gate_proj", "up_proj")]
+            down = _linear(checkpoint, f"{path}.down_proj", f"{path}.up_proj", expert=path)
+            linears.append(down)
+            weight = Producer(initializer=f"{path}.up_proj.weight", axis=1)
+            fold_sites.append(_site("gated_mlp", [weight], [down], producer_linear=f"{path}.up_proj"))
+        linears += readers
+        fold_sites.append(_site("norm", [Producer(initializer=f"{norm}.weight", axis=0)], readers))
+    return Sites(linears=tuple(linears), fold_sites=tuple(fold_sites))
+
+
+def _linear(checkpoint: Checkpoint, path: str, site: str, **more: str) -> Linear:
+    out_features, in_features = checkpoint.tensors[f"{path}.weight"].shape
+    return Linear(
+        path=path,
+        node=f"{path}/MatMul",
+        weight=f"{path}.weight",
+        weight_transposed=False,
+        bias=None,
+        in_features=in_features,
+        out_features=out_features,
+        input=f"input of {site}",
+        site=site,
+        no_site_reason=None,
+        **more,
+    )
+
+
+def _site(
+    kind: SiteKind, producers: list[Producer], consumers: list[Linear], producer_linear: str | None = None
+) -> FoldSite:
+    return FoldSite(
+        id=str(consumers[0].site),
+        kind=kind,
+        channels=consumers[0].in_features,
+        producers=tuple(producers),
+        producer_linear=producer_linear,
+        consumers=tuple(linear.path for linear in consumers),
+    )
