@@ -47,7 +47,7 @@ def main() -> int:
         if code != 0:
             return code
         rows.append(row_from_report(choice, read_json_model(options.run / "verify.json", EncoderReport)))
-        write_text(json.dumps({"model": Path(model).name, "rows": rows}, indent=2) + "\n", options.json)
+        write_text(json.dumps({"model": options.model or PACKAGE, "rows": rows}, indent=2) + "\n", options.json)
     Console().print(table_from_rows(rows))
     return 0
 
