@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,7 @@ class _Names:
 
 _CALIBRATION = _Names("--calib-dataset", "--calib-seq", "use --calib-dataset random or an .npz of token ids")
 _EVALUATION = _Names("--text", "--eval-seq", "give builtin, a .txt, .jsonl or .npz file, or the id of a data set")
+_ENCODER_EVALUATION = replace(_EVALUATION, source="--eval-text")
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,9 @@ def evaluation_batches(
         UserError: The source is unknown or unreadable, holds less than one window, or ids lie outside the vocabulary.
     """
     limit = options.windows or None
+    names = _ENCODER_EVALUATION if encoder else _EVALUATION
     windows = _windows_from_source(
-        options.source, options.seq, options.seed, limit, tokenizer, vocab_size, _EVALUATION, encoder=encoder
+        options.source, options.seq, options.seed, limit, tokenizer, vocab_size, names, encoder=encoder
     )[:limit]
     description = f"{options.source}: {_extent(len(windows), options.seq, encoder)}"
     if limit is None:
@@ -250,9 +252,8 @@ def _windows_from_source(
 
 def _documents(source: str, seed: int, names: _Names) -> Iterator[str]:
     """What an encoder reads, a text a row; the calibration half of the built-in text is one long document."""
-    if source != "builtin":
-        return documents_from_source(source, seed)
-    return iter(held_out_sentences() if names is _EVALUATION else [calibration_text()])
+    builtin = [calibration_text()] if names is _CALIBRATION else held_out_sentences()
+    return iter(builtin) if source == "builtin" else documents_from_source(source, seed)
 
 
 def _limit(source: str, limit: int | None) -> int | None:

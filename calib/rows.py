@@ -74,4 +74,4 @@ def _check_known(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, wher
     unknown = tokens.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if unknown > _MAX_UNKNOWN * len(tokens):
         cause = f"{unknown / len(tokens):.0%} of its tokens are unknown to the tokenizer: not the model's language"
-        raise UserError(where, cause, "give text of the kind that the model was trained on, as .jsonl or .fasta")
+        raise UserError(where, cause, "give a file of what the model was trained on: .jsonl, .fasta")

@@ -145,7 +145,7 @@ def make_model_dir(
         from fptq_export.tasks import ENCODER, task_from_config
 
         torch.manual_seed(0)
-        auto_class = AutoModelForMaskedLM if task_from_config(config) == ENCODER else AutoModelForCausalLM
+        auto_class: Any = AutoModelForMaskedLM if task_from_config(config) == ENCODER else AutoModelForCausalLM
         model = auto_class.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

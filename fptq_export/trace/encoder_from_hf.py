@@ -81,8 +81,8 @@ def traced_encoder_from_config(config: PretrainedConfig, dtype: str, *, trust_re
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
         with no_init_weights():  # some draw weights by the values of others, and fake tensors have none
             model = _body(config, dtype, trust_remote_code)
-        refuse_stacked_weights(model)
         names = _input_names(config, model)
+        refuse_stacked_weights(model)
         with user_errors_from_torch(model):
             graph, max_sequence = _graph_from_module(_Encoder(model, _uses_cache(model)), names)
     name_initializers(graph)

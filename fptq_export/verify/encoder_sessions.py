@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,22 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fptq_export.errors import Problem, UserError, UserErrors
-from fptq_export.verify.sessions import (
-    DTYPE_FROM_ORT_TYPE,
-    FLOAT_TYPES,
-    INTEGER_TYPES,
-    ORT_ERRORS,
-    GraphOptimization,
-    first_line,
-    session_from_path,
-    type_problems,
-)
+from fptq_export.verify.sessions import ORT_ERRORS, GraphOptimization, first_line, session_from_path
 
 __all__ = ["EncoderSession", "OnnxEncoderSession"]
 
 _INPUTS = ("input_ids", "attention_mask")
 _SEGMENTS = "token_type_ids"
 _OUTPUT = "last_hidden_state"
+_INTEGERS: Mapping[str, np.dtype[Any]] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
 
 
 class EncoderSession(Protocol):
@@ -86,12 +79,17 @@ class OnnxEncoderSession:
 def _input_dtypes(path: Path, session: Any) -> dict[str, np.dtype[Any]]:
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
-    known = [*_INPUTS, *([_SEGMENTS] if _SEGMENTS in inputs else [])]
+    known = (*_INPUTS, _SEGMENTS)
     problems = [
-        *type_problems("input", known, inputs, INTEGER_TYPES),
-        *type_problems("output", [_OUTPUT], outputs, FLOAT_TYPES),
-        *(Problem(name, "input that nothing fills") for name in inputs.keys() - set(known)),
+        *(Problem(name, "missing input") for name in _INPUTS if name not in inputs),
+        *([] if _OUTPUT in outputs else [Problem(_OUTPUT, "missing output")]),
+        *(Problem(name, "input that nothing fills") for name in inputs if name not in known),
+        *(
+            Problem(name, f"input is {found.type}, not {' or '.join(_INTEGERS)}")
+            for name, found in inputs.items()
+            if name in known and found.type not in _INTEGERS
+        ),
     ]
     if problems:
         raise UserErrors(str(path), problems, "export it as an encoder: fptq-export trace --task encoder does")
-    return {name: DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in known}
+    return {name: _INTEGERS[found.type] for name, found in inputs.items()}

@@ -19,9 +19,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from fptq_export.errors import Problem, UserError, UserErrors
 
 __all__ = [
-    "DTYPE_FROM_ORT_TYPE",
-    "FLOAT_TYPES",
-    "INTEGER_TYPES",
     "ORT_ERRORS",
     "CausalSession",
     "GraphOptimization",
@@ -29,7 +26,6 @@ __all__ = [
     "OnnxCausalSession",
     "first_line",
     "session_from_path",
-    "type_problems",
 ]
 
 GraphOptimization = Literal["none", "basic", "extended", "all"]
@@ -42,15 +38,15 @@ _OPTIMIZATION_LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPE_FROM_ORT_TYPE: Mapping[str, np.dtype[Any]] = {
+_DTYPE_FROM_ORT_TYPE: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": _BFLOAT16,
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
 }
-INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
-FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+_INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
+_FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _IDS_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
@@ -225,24 +221,23 @@ def _signature_from_session(path: Path, session: Any) -> _Signature:
         f"present.{layer}.{kind}": f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")
     }
     problems = [
-        *type_problems("input", _IDS_INPUTS, inputs, INTEGER_TYPES),
-        *type_problems("input", pairs.values(), inputs, FLOAT_TYPES),
+        *_type_problems("input", _IDS_INPUTS, inputs, _INTEGER_TYPES),
+        *_type_problems("input", pairs.values(), inputs, _FLOAT_TYPES),
         *_shape_problems(pairs.values(), inputs),
-        *type_problems("output", ("logits", *pairs), outputs, FLOAT_TYPES),
+        *_type_problems("output", ("logits", *pairs), outputs, _FLOAT_TYPES),
         *(Problem(name, "input that nothing fills") for name in inputs.keys() - {*_IDS_INPUTS, *pairs.values()}),
     ]
     if problems:
         hint = "export it as a causal language model with a KV cache: fptq-export trace does"
         raise UserErrors(str(path), problems, hint)
     past = {
-        name: _PastInput(DTYPE_FROM_ORT_TYPE[inputs[name].type], inputs[name].shape[1], inputs[name].shape[3])
+        name: _PastInput(_DTYPE_FROM_ORT_TYPE[inputs[name].type], inputs[name].shape[1], inputs[name].shape[3])
         for name in pairs.values()
     }
-    return _Signature({name: DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in _IDS_INPUTS}, past, pairs)
+    return _Signature({name: _DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in _IDS_INPUTS}, past, pairs)
 
 
-def type_problems(kind: str, names: Any, found: Mapping[str, Any], types: tuple[str, ...]) -> list[Problem]:
-    """What is missing or of another type among the inputs or outputs that are there."""
+def _type_problems(kind: str, names: Any, found: Mapping[str, Any], types: tuple[str, ...]) -> list[Problem]:
     missing = [Problem(name, f"missing {kind}") for name in names if name not in found]
     wrong = [
         Problem(name, f"{kind} is {found[name].type}, not {' or '.join(types)}")
@@ -272,7 +267,7 @@ def _ort_value_from_array(array: NDArray[Any]) -> Any:
 def _float32_from_ort_value(value: Any) -> NDArray[np.float32]:
     """Copy once, straight from the memory of ONNX Runtime: OrtValue.numpy() copies before a cast could."""
     memory = (ctypes.c_byte * value.tensor_size_in_bytes()).from_address(value.data_ptr())
-    array = np.frombuffer(memory, dtype=DTYPE_FROM_ORT_TYPE[value.data_type()])
+    array = np.frombuffer(memory, dtype=_DTYPE_FROM_ORT_TYPE[value.data_type()])
     return array.reshape(value.shape()).astype(np.float32)
 
 

@@ -116,6 +116,12 @@ def test_200_built_in_sentences_are_held_out(tiny_tokenizer: Any) -> None:
     assert np.array_equal(few[0][few[0] != PADDING], many[0][many[0] != PADDING])
 
 
+def test_errors_name_the_option_of_the_road() -> None:
+    """Encoders are compared by `fptq-export`, not by its verb `eval`, whose option is another one."""
+    with pytest.raises(UserError, match="--eval-text"):
+        evaluation_batches(TextOptions("proteins.fasta"), None, 512, encoder=True)
+
+
 def test_padding_becomes_the_padding_token_and_a_mask() -> None:
     """No id is negative when the model sees it; without padding there is no mask at all."""
 
