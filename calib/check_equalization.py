@@ -16,6 +16,9 @@ from fptq_export.sites import FoldSite, Sites
 
 __all__ = ["outdated_code_problems", "outdated_scale_problems", "table_problems"]
 
+_ROUNDINGS = 2.0**-18
+"""Relative difference of scales that another machine computed: a few float32 operations, powers among them."""
+
 Maxima = Mapping[str, NDArray[np.float32]]
 
 
@@ -105,15 +108,19 @@ def outdated_code_problems(
         One problem for each `sequential` layer that reads or produces a site whose s is not the stored one.
     """
     for site in sites.fold_sites:
-        if site.id in now and site.id in before and np.array_equal(now[site.id], before[site.id]):
-            continue
-        if site.id not in now and site.id not in before:
+        if _same_scales(now.get(site.id), before.get(site.id)):
             continue
         for path in (*site.consumers, *filter(None, [site.producer_linear])):
             layer = policy.layers.get(path)
             if layer is not None and layer.sequential is not None:
                 cause = f"its stored codes belong to another equalization of {site.id}; to quantize it anew, remove it"
                 yield Problem(json_path_from_location(("layers", path, "sequential")), cause)
+
+
+def _same_scales(now: NDArray[np.float32] | None, before: NDArray[np.float32] | None) -> bool:
+    if now is None or before is None:
+        return now is before
+    return bool(np.allclose(now, before, rtol=_ROUNDINGS, atol=0.0))
 
 
 def _problem(site_id: str, field: str, message: str) -> Problem:
