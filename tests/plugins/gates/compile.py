@@ -8,18 +8,17 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fptq_export.errors import UserError
-from fptq_export.plugin.build import ARCHITECTURES
 from fptq_export.plugin.tools import binaries_of_wheels, find_nvcc
 from tests.plugins.gates.sass import Function, Resources, functions_from_sass, resources_from_text
 
-__all__ = ["COMPILE_FLAGS", "SOURCES", "code_of", "compile_all", "nvcc_version"]
+__all__ = ["COMPILE_FLAGS", "SOURCES", "code_of", "compile_all", "nvcc_version", "source_key"]
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE_DIR = ROOT / "plugins" / "src"
@@ -33,20 +32,20 @@ WORKERS = 2
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
-def compile_all() -> None:
-    """Compile every source for every architecture; what is in the cache is not compiled again.
+def compile_all(architectures: Sequence[str]) -> None:
+    """Compile every source for some architectures; what is in the cache is not compiled again.
 
     Raises:
         RuntimeError: nvcc failed or warned.
     """
-    jobs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+    jobs = [(source, architecture) for source in SOURCES for architecture in architectures]
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda job: cubin(*job), jobs))
 
 
 def cubin(source: str, architecture: str) -> Path:
     """Machine code of one source."""
-    target = CACHE / f"{Path(source).stem}-sm_{architecture}-{_key(source)}.cubin"
+    target = CACHE / f"{Path(source).stem}-sm_{architecture}-{source_key(source)[:16]}.cubin"
     if target.exists():
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -95,19 +94,21 @@ def _tool(name: str) -> Path:
     return found[0]
 
 
-@functools.cache
-def _key(source: str) -> str:
-    """Names sources, flags and compiler."""
+def source_key(source: str, source_dir: Path = SOURCE_DIR) -> str:
+    """Names a source with all that it includes, flags and compiler."""
     parts = [nvcc_version().encode(), " ".join(COMPILE_FLAGS).encode()]
-    parts += [path.read_bytes() for path in sorted(set(_closure(SOURCE_DIR / source)))]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    # Not by whole path: the key is the same in every checkout.
+    public = INCLUDE_DIR / "fptq"
+    files = sorted(set(_closure(source_dir / source)), key=lambda path: (path.parent != public, path.name))
+    parts += [path.read_bytes() for path in files]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def _closure(path: Path) -> Iterator[Path]:
     """The file and every file of ours that it includes."""
     yield path
     for name in _INCLUDE.findall(path.read_text(encoding="utf-8")):
-        for directory in (SOURCE_DIR, INCLUDE_DIR):
+        for directory in (path.parent, INCLUDE_DIR):
             if (directory / name).is_file():
                 yield from _closure(directory / name)
 

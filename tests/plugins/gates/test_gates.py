@@ -2,92 +2,69 @@
 
 from __future__ import annotations
 
-import json
-import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from fptq_export.plugin.build import ARCHITECTURES
-from fptq_export.roofline.instructions import COUNTS_FILE
 from tests.plugins.gates import kernels
 from tests.plugins.gates.budgets import budget
-from tests.plugins.gates.checks import Code, gemm_problems, gemv_problems, memory_problems
-from tests.plugins.gates.compile import COMPILE_FLAGS, ROOT, SOURCE_DIR, code_of, compile_all, nvcc_version
-from tests.plugins.gates.record import counts_of
+from tests.plugins.gates.compile import COMPILE_FLAGS, ROOT, SOURCE_DIR, compile_all, nvcc_version
+from tests.plugins.gates.gates import GATES, Gate
+from tests.plugins.gates.record import RECORDED, WITNESSES, architectures_to_check, counts_of, current_key
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),  # the first test compiles everything: some 7 minutes of one core
+    pytest.mark.timeout(1800),  # the first test compiles: some 7 minutes of one core for all architectures
 ]
 
-OTHER_LIMITS = {"split_k_reduce_kernel": 64, "quantize_activation_kernel": 64}
-"""Registers: 65536 / 64 = 1024 threads, a whole block of quantize_activation, 8 blocks of the reduction."""
 DRIFT = 0.10
 """Of a count, when another nvcc compiled than the one that is recorded: another release schedules and addresses anew;
 what the algorithm needs, most of the loop, stays."""
-RECORDED = json.loads(COUNTS_FILE.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def compiled() -> None:
-    """Without a warning: a warning is an error of nvcc's here."""
-    compile_all()
+def to_check() -> tuple[str, ...]:
+    """Compiled without a warning: a warning is an error of nvcc's here."""
+    chosen = architectures_to_check(current_key(), RECORDED["key"])
+    compile_all(chosen)
+    return chosen
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def architecture(request: pytest.FixtureRequest, compiled: None) -> str:
+def architecture(request: pytest.FixtureRequest, to_check: tuple[str, ...]) -> str:
     """One after the other with all their tests, so that a listing is read once and then let go."""
+    if request.param not in to_check:
+        pytest.skip("passed when it was recorded, for the same sources, flags, compiler and gates")
     return str(request.param)
 
 
-def codes(source: str, architecture: str) -> dict[str, Code]:
-    functions, resources = code_of(source, architecture)
-    assert functions.keys() == resources.keys()
-    return {name: Code(function, resources[name]) for name, function in functions.items()}
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.__name__)
+def test_kernels_keep_within_a_gate(architecture: str, gate: Gate) -> None:
+    """The docstring of the gate says what it looks at."""
+    assert gate(architecture) == []
 
 
-def test_gemm_keeps_within_its_gates(architecture: str) -> None:
-    """Registers, local memory, IMMA, LDGSTS, conversions, calls and the instruction budget of every GEMM kernel."""
-    problems = []
-    for name, code in codes("w4a8_gemm.cu", architecture).items():
-        if kernel := kernels.gemm_from_name(name):
-            problems += gemm_problems(kernel, architecture, code)
-    assert problems == []
+def test_only_known_machine_code_is_taken_from_the_record() -> None:
+    """Another source, flag or compiler changes the key, and then every architecture is compiled and checked."""
+    known = RECORDED["key"]
+    assert architectures_to_check(known, known, everything=False) == WITNESSES
+    assert architectures_to_check("other", known, everything=False) == ARCHITECTURES
+    assert architectures_to_check(known, known, everything=True) == ARCHITECTURES
+    assert set(WITNESSES) < set(ARCHITECTURES)
 
 
-def test_gemv_keeps_within_its_gates(architecture: str) -> None:
-    """Registers, local memory, dp4a, 16-byte loads, conversions and calls of every GEMV kernel."""
-    problems = []
-    for name, code in codes("w4a8_gemv.cu", architecture).items():
-        if kernel := kernels.gemv_from_name(name):
-            problems += gemv_problems(kernel, architecture, code)
-    assert problems == []
-
-
-def test_other_kernels_use_registers_only(architecture: str) -> None:
-    """The reduction of split-K and the quantization neither spill nor take more registers than their blocks leave."""
-    found = []
-    for source in ("w4a8_gemm.cu", "quantize_activation.cu"):
-        for name, code in codes(source, architecture).items():
-            limit = next((limit for word, limit in OTHER_LIMITS.items() if word in name), None)
-            if limit is not None:
-                found.append((name, memory_problems(code, limit)))
-    assert len(found) == 4, "three reductions and the quantization"
-    assert [problem for problem in found if problem[1]] == []
-
-
-def test_every_kernel_is_seen(architecture: str) -> None:
-    """Every tile with every scheme that fits its registers, and every GEMV, passed through the gates above."""
-    text = (SOURCE_DIR / "gemm_tiles.h").read_text(encoding="utf-8")
-    tiles = [tuple(map(int, found)) for found in re.findall(r"FPTQ_GEMM_TILE\(" + ", ".join([r"(\d+)"] * 5), text)]
-    schemes = [(name.lower(), int(group)) for name, group in re.findall(r"FPTQ_SCHEME\(FPTQ_(\w+), (\d+)\)", text)]
-    expected = {kernels.GemmKernel(a, b, c, d, e, *scheme) for a, b, c, d, e in tiles for scheme in schemes}
-    too_large = {k for k in expected if k.folds and k.warp_m * k.warp_n > (1024 if k.group_size == 16 else 2048)}
-    too_slow = {k for k in expected if (k.scheme, k.group_size, k.warp_m, k.warp_n) == ("two_level", 16, 64, 32)}
-    names = code_of("w4a8_gemm.cu", architecture)[0]
-    assert {kernels.gemm_from_name(name) for name in names} - {None} == expected - too_large - too_slow
-    vectors = {kernels.GemvKernel(rows, scheme, group) for rows in range(1, 5) for scheme, group in schemes}
-    assert {kernels.gemv_from_name(name) for name in code_of("w4a8_gemv.cu", architecture)[0]} - {None} == vectors
+def test_the_key_changes_with_every_source(tmp_path: Path) -> None:
+    """A changed header that only one kernel includes is seen."""
+    copy = Path(shutil.copytree(SOURCE_DIR, tmp_path / "src"))
+    before = current_key(copy)
+    assert before == current_key(SOURCE_DIR)
+    for name in ("scale_pairs.cuh", "quantize_row.cuh", "w4a8_gemv.cu"):
+        with (copy / name).open("a", encoding="utf-8") as file:
+            file.write("// changed")
+        assert current_key(copy) != before, name
+        before = current_key(copy)
 
 
 def test_recorded_counts_are_those_of_the_machine_code(architecture: str) -> None:
