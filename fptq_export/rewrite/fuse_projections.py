@@ -21,6 +21,9 @@ from fptq_export.rewrite.lower_to_plugin import (
 
 __all__ = ["FuseProjections"]
 
+_NAMED = 6
+"""Linears without a common parent that the name of a fused linear lists; a layer may have hundreds of them."""
+
 
 @dataclass(frozen=True)
 class _Projection:
@@ -110,10 +113,13 @@ def _projection(node: ir.Node) -> _Projection | None:
 
 
 def _joined(paths: Sequence[str]) -> str:
-    """`a.q_proj`, `a.k_proj` -> `a.q_proj+k_proj`; paths without a common parent are joined whole."""
+    """`a.q_proj`, `a.k_proj` -> `a.q_proj+k_proj`; paths without a common parent are joined whole.
+
+    Of many (a layer of experts) the first and the last are named, and how many lie between.
+    """
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) > 1:
-        return "+".join(paths)
+        return "+".join(paths if len(paths) <= _NAMED else (paths[0], str(len(paths) - 2), paths[-1]))
     (parent,) = parents
     names = "+".join(path.rpartition(".")[2] for path in paths)
     return f"{parent}.{names}" if parent else names

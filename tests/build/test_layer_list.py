@@ -132,6 +132,27 @@ def test_three_constants_in_one_layer_are_three_linears() -> None:
     assert report.int4_constants == 3
 
 
+def merged_dequantization(codes: int) -> list[EngineLayer]:
+    """What TensorRT makes of weights of one group on a two-dimensional input: it unpacks both under the name of one."""
+    weights = EngineTensor("unpacked", (256, 256), "Half")
+    unpacking = layer((int4(256, codes // 256),), (f"{K}/DequantizeLinear",), inputs=(), outputs=(weights,))
+    gemm = layer((), (f"{K}/MatMul", f"{Q}/MatMul"), inputs=(EngineTensor("x", (-1, 256), "Half"), weights))
+    return [unpacking, gemm]
+
+
+def test_codes_that_are_unpacked_together_are_those_of_the_gemm_behind() -> None:
+    """Experts that read one tensor: both linears are proven, and both are reported as not fused."""
+    report = check_layers(merged_dequantization(2 * CODES), {Q: CODES, K: CODES})
+    assert report.unfused == (Q, K)
+    assert report.int4_constants == 1
+
+
+def test_codes_that_are_unpacked_together_must_be_those_of_all() -> None:
+    """With the codes of one and a half of the two linears nothing is proven."""
+    with pytest.raises(PrecisionError, match=f"holds {CODES * 3 // 2} INT4 codes"):
+        check_layers(merged_dequantization(CODES * 3 // 2), {Q: CODES, K: CODES})
+
+
 @pytest.mark.parametrize("profiles", [1, 3])
 def test_copies_must_equal_the_profiles(golden: Path, profiles: int) -> None:
     """A linear that one profile runs in another precision is missing there: copies are counted."""

@@ -199,6 +199,13 @@ def test_paths_without_a_common_parent_are_joined_whole() -> None:
     assert list(step.fused) == [f"{PARENT}.q_proj+mlp.up"]
 
 
+def test_name_of_many_does_not_grow_with_them() -> None:
+    """Experts read one tensor by the hundred: the first and the last are named, and how many lie between."""
+    paths = [f"experts.{expert}.up_proj" for expert in range(9)]
+    _, step = fused([{**projection("q_proj"), "path": path} for path in paths])
+    assert step.fused == {"experts.0.up_proj+7+experts.8.up_proj": tuple(paths)}
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -82,6 +82,27 @@ def test_add_of_another_module_is_no_bias() -> None:
     assert found["model.fc"].bias is None
 
 
+def test_path_through_the_first_modules_of_a_list_is_its_own() -> None:
+    """The exporter writes `layers[:2]` into the path of a layer that a model reaches so."""
+    model = _model("m = MatMul(x, W) y = Add(m, b)")
+    for node in model.graph:
+        path = "wrapped.layers.slice(None, 2, None).0.fc"
+        node.metadata_props[SCOPES] = repr(["", "wrapped", path, node.op_type])
+    found, _ = find_linears(model, {"layers.0.fc": (4, 2)})
+    assert found["layers.0.fc"].bias is not None
+
+
+@pytest.mark.parametrize("part", ["slice(1, 2, None)", "slice(None, 2, 2)"])
+def test_path_through_other_modules_of_a_list_is_reported(part: str) -> None:
+    """Behind `layers[1:]` the numbers are not those of the list: no linear is guessed."""
+    model = _model("m = MatMul(x, W) y = Add(m, b)")
+    for node in model.graph:
+        node.metadata_props[SCOPES] = repr(["", "wrapped", f"wrapped.layers.{part}.0.fc", node.op_type])
+    found, reasons = find_linears(model, {"layers.0.fc": (4, 2)})
+    assert found == {}
+    assert "no MatMul" in reasons["layers.0.fc"]
+
+
 def test_linear_without_a_node_is_reported() -> None:
     """A module that the traced pass never calls (another expert) keeps its precision and says why."""
     assert "no MatMul" in _reason("y = Relu(x)")
