@@ -107,6 +107,22 @@ def minilm_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm_run(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of all-MiniLM-L6-v2, without an engine: GPTQ in groups of 32, short calibration, 200 sentences.
+
+    Takes half a minute: for tests marked `slow`. Not to be changed: copy it.
+    """
+    from fptq_export.cli import main
+
+    run = tmp_path_factory.mktemp("minilm") / "run"
+    short = ("--calib-size", "32", "--calib-seq", "128")
+    words = ("--target", "onnx", "--weight-method", "gptq", "--group-size", "32", "--min-cosine", "0.97")
+    assert main([str(minilm_dir), "-o", str(run), *words, *short]) == 0
+    logging.disable(logging.NOTSET)
+    return run
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with 512 tokens that encodes any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -21,6 +21,8 @@ TRACED_BEFORE = ("03_weight_methods",)
 """Samples that find the traced model in their work folder, as in a second run. 02_ablation traces it."""
 QUANTIZED_BEFORE = ("04_evaluate",)
 """Samples that find a finished run in `run/`, as in a second run. 01_quickstart makes one."""
+ENCODED_BEFORE = ("05_sentence_embeddings",)
+"""Samples that find a finished run of the sentence encoder in `run/`."""
 
 _SECTION = re.compile(r"^## +(.+?) *$", re.MULTILINE)
 _BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -87,6 +89,8 @@ def test_sample_runs_and_writes_what_it_promises(
         seed_work_folder(copy / "work" / smollm2_gguf.name, request.getfixturevalue("smollm2_run"))
     if sample.name in QUANTIZED_BEFORE:
         shutil.copytree(request.getfixturevalue("smollm2_run"), copy / "run", copy_function=os.link)
+    if sample.name in ENCODED_BEFORE:
+        shutil.copytree(request.getfixturevalue("minilm_run"), copy / "run", copy_function=os.link)
     before = files_below(copy)
     environment = {
         **os.environ,
