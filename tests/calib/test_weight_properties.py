@@ -1,4 +1,4 @@
-"""Every quantizer, on weights that models do have: zero rows, single outliers, denormals, huge values, wide inputs."""
+"""Every quantizer, on weights that models do have: zero rows, single outliers, denormals, huge values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from calib.weights import WEIGHT_METHODS, QuantizedWeight, WeightProblem, adaround
 from calib.weights.gptq import gptq_codes, inverse_factor
+from calib.weights.per_channel import quantize_int8
 from calib.weights.rtn import quantize_rtn
 from fptq_export.policy import WeightMethod
 from tests.support.hessians import (
@@ -22,16 +23,15 @@ from tests.support.hessians import (
     row_errors,
     row_objectives,
 )
+from tests.support.weights import HALF_STEP, KINDS, assert_within_half_steps_of_rtn, check_form, drawn_weight
 
 METHODS = tuple(WEIGHT_METHODS)
 NEED_HESSIAN = tuple(name for name, entry in WEIGHT_METHODS.items() if entry.needs_hessian)
 NEVER_WORSE_THAN_RTN: tuple[WeightMethod, ...] = ("gptq+cd", "adaround")
 GROUP = 16
 CHANNELS = (16, 32, 48, 128, 144, 576)
-KINDS = ("normal", "zero rows", "outlier", "denormal", "huge", "constant", "half zero")
-HALF_STEP = 0.5 + 2.0**-9
-"""Steps that a code of 8 bits or less may be off: half a step, and the float16 rounding of a scale moves the largest
-weight of at most 8 steps by 8 x 2^-11 of a step, less than the margin (float32 rounding of the quotient included)."""
+WIDE = (*CHANNELS, 2048, 11008)
+"""For what needs no matrix of that size."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,50 +42,20 @@ def _few_steps_of_learning() -> Iterator[None]:
         yield
 
 
-def drawn(kind: str, channels: int, seed: int) -> torch.Tensor:
-    """Four rows, float32; every scale fits float16."""
-    weight = torch.randn(4, channels, generator=torch.Generator().manual_seed(seed))
-    match kind:
-        case "zero rows":
-            weight[::2] = 0.0
-        case "outlier":
-            weight[1, seed % channels] = 3e5 if seed % 2 else -3e5
-        case "denormal":
-            weight *= 1e-40
-        case "huge":
-            weight *= 4e5 / weight.abs().max()
-        case "constant":
-            weight[:] = -0.37
-        case "half zero":
-            weight[:, : channels // 2] = 0.0
-    return weight
-
-
 def solved(
     method: WeightMethod, kind: str, channels: int, seed: int, *, signed: bool
 ) -> tuple[WeightProblem, QuantizedWeight]:
-    problem = WeightProblem(
-        drawn(kind, channels, seed), GROUP, correlated_hessian(channels, seed % 8, low_rank=True), signed
-    )
+    hessian = correlated_hessian(channels, seed % 8, low_rank=True) if method in NEED_HESSIAN else None
+    problem = WeightProblem(drawn_weight(kind, channels, seed), GROUP, hessian, signed)
     return problem, WEIGHT_METHODS[method].quantize(problem)
 
 
 cases = given(
     kind=st.sampled_from(KINDS), channels=st.sampled_from(CHANNELS), seed=st.integers(0, 2**16), signed=st.booleans()
 )
-
-
-def check_form(problem: WeightProblem, got: QuantizedWeight) -> None:
-    out, channels = problem.weight.shape
-    assert (got.codes.dtype, tuple(got.codes.shape)) == (torch.int8, (out, channels))
-    assert (got.scales.dtype, tuple(got.scales.shape)) == (torch.float16, (out, channels // GROUP))
-    assert int(got.codes.min()) >= -8
-    assert int(got.codes.max()) <= 7
-    assert got.scales.isfinite().all()
-    assert (got.scales.abs() >= torch.finfo(torch.float16).tiny).all()
-    assert problem.signed_scales or (got.scales > 0).all()
-    nothing = (problem.weight == 0.0).all(dim=1)
-    assert got.codes[nothing].count_nonzero() == 0
+wide_cases = given(
+    kind=st.sampled_from(KINDS), channels=st.sampled_from(WIDE), seed=st.integers(0, 2**16), signed=st.booleans()
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -98,7 +68,7 @@ def test_codes_and_scales_can_be_stored(
     check_form(*solved(method, kind, channels, seed, signed=signed))
 
 
-@cases
+@wide_cases
 def test_rtn_is_off_by_half_a_step(*, kind: str, channels: int, seed: int, signed: bool) -> None:
     """Weight by weight; with signed scales a weight of 8 steps on the side of code 7 clips, and is off by one."""
     problem, got = solved("rtn", kind, channels, seed, signed=signed)
@@ -106,13 +76,36 @@ def test_rtn_is_off_by_half_a_step(*, kind: str, channels: int, seed: int, signe
     assert (np.abs(row_errors(problem.weight, got, GROUP)) <= (HALF_STEP + (0.5 if signed else 0.0)) * steps).all()
 
 
-@cases
+@wide_cases
 def test_mse_is_within_the_bound_of_rtn(*, kind: str, channels: int, seed: int, signed: bool) -> None:
     """Group by group the squared error is at most that of half a step of unsigned `rtn` for every weight."""
     problem, got = solved("mse", kind, channels, seed, signed=signed)
-    plain = quantize_rtn(WeightProblem(problem.weight, GROUP))
-    squares = np.square(row_errors(problem.weight, got, GROUP)).reshape(len(problem.weight), -1, GROUP).sum(axis=-1)
-    assert (squares <= GROUP * np.square(HALF_STEP * plain.scales.double().numpy())).all()
+    check_form(problem, got)
+    assert_within_half_steps_of_rtn(problem, got, np.ones(channels))
+
+
+@cases
+def test_clip_is_within_the_bound_of_rtn(*, kind: str, channels: int, seed: int, signed: bool) -> None:
+    """As for `mse`, with each square counted as much as the second moment of its channel."""
+    problem, got = solved("clip", kind, channels, seed, signed=signed)
+    assert problem.hessian is not None
+    assert_within_half_steps_of_rtn(problem, got, problem.hessian.diagonal().double().numpy())
+
+
+@given(kind=st.sampled_from(KINDS), channels=st.sampled_from(WIDE), seed=st.integers(0, 2**16))
+def test_int8_is_off_by_half_a_step(*, kind: str, channels: int, seed: int) -> None:
+    """Channel by channel, with codes in [-127, 127] and a normal scale; a row of zeros stays zero.
+
+    A quotient is at most 127: its rounding and that of the scale move it by 127 x 2 x 2^-24 steps.
+    """
+    weight = drawn_weight(kind, channels, seed)
+    codes, scales = quantize_int8(weight)
+    assert (codes.dtype, scales.dtype, tuple(scales.shape)) == (torch.int8, torch.float32, (4,))
+    assert int(codes.min()) >= -127
+    assert (scales >= torch.finfo(torch.float32).tiny).all()
+    assert codes[(weight == 0.0).all(dim=1)].count_nonzero() == 0
+    steps = scales.double()[:, None]
+    assert ((codes * steps - weight).abs() <= (0.5 + 127 * 2 * FLOAT32_UNIT) * steps).all()
 
 
 @pytest.mark.parametrize("method", NEVER_WORSE_THAN_RTN)
@@ -162,7 +155,7 @@ def test_feedback_is_within_the_bound_of_rtn(*, channels: int, seed: int) -> Non
     8 n u cond(H).
     """
     hessian = correlated_hessian(channels, seed % 8, low_rank=True)
-    problem = WeightProblem(drawn("normal", channels, seed), GROUP, hessian)
+    problem = WeightProblem(drawn_weight("normal", channels, seed), GROUP, hessian)
     scales = quantize_rtn(problem).scales * 2
     codes = gptq_codes(problem, scales)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -177,20 +170,3 @@ def test_feedback_is_within_the_bound_of_rtn(*, channels: int, seed: int) -> Non
     assert free.any()
     assert (objective[free] <= bound[free] * slack).all()
     assert (bound <= row_objectives(HALF_STEP * steps, np.diag(metric.diagonal())) * slack).all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["outlier", "denormal", "huge"])
-def test_wide_inputs(method: WeightMethod, kind: str) -> None:
-    """The form holds for 128 groups a row, and for 688 where no matrix of 11008^2 has to be factored."""
-    channels = 2048 if method in NEED_HESSIAN else 11008
-    hessian = correlated_hessian(channels, 0, low_rank=True) if method in NEED_HESSIAN else None
-    problem = WeightProblem(drawn(kind, channels, 7), GROUP, hessian, signed_scales=True)
-    check_form(problem, WEIGHT_METHODS[method].quantize(problem))
-
-
-@pytest.mark.slow
-def test_widest_input_with_a_hessian() -> None:
-    """11008 channels in 688 groups: factorization, feedback, scales and codes at the width of a 7B down_proj."""
-    problem = WeightProblem(drawn("outlier", 11008, 3), GROUP, correlated_hessian(11008, 0, low_rank=True), True)
-    check_form(problem, WEIGHT_METHODS["gptq+cd"].quantize(problem))

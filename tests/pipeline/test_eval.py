@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
+from calib.fake_quant import apply_policy
+from calib.load import checkpoint_from_directory, model_from_checkpoint
+from calib.session import TorchCausalSession
 from fptq_export.evaluate.report import EvalReport
+from fptq_export.evaluate.systems import Source, opened_system
 from fptq_export.files import read_json_model
+from fptq_export.numerics import INT8_MAX
 from fptq_export.package.manifest import read_manifest
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.progress import NoProgress
+from fptq_export.rewrite import RewritePaths, rewrite
 from fptq_export.verify.report import VerifyReport
 from tests.pipeline.conftest import Command
+from tests.support.policies import measured_absmax, mixed_tiers, rtn_policy
+from tests.support.traced import FP32_LOGITS, Traced
 
 FLOAT64_TOLERANCE = 1000 * 2.0**-53
 """Relative: the same logits, added up in another order by two float64 programs of at most a thousand terms."""
@@ -21,6 +35,11 @@ SMALL = ("--eval-windows", "1", "--eval-seq", "80")
 """The windows that the finished run was verified on."""
 CALIBRATION = ("--calib-size", "2", "--calib-seq", "64")
 """That of the finished run, so that only the policy is made anew."""
+TIPPED_CODES = (12 * 2 * INT8_MAX * FP32_LOGITS) ** 0.5
+"""How far apart two float32 programs of one policy may be, in units of what quantizing the activations changes: 0.26.
+Their activations differ by at most `FP32_LOGITS` of the largest, which is 127 steps; a code is another one with a
+probability of at most twice that difference in steps. Rounding to codes adds noise of 1/12 square step to each value, a
+tipped code 1 square step to one of many: amplitudes are as the square root of 12 x probability. Measured: 0.02."""
 TASKS = Path(__file__).parents[1] / "evaluate" / "tasks"
 
 
@@ -42,6 +61,31 @@ def test_three_systems_agree_with_verification(run_copy: Path, command: Command)
     assert "policy.json" in report.systems[1].files
     assert set(report.systems[2].files) == {"model.w4a8.onnx", "model.w4a8.onnx.data"}
     assert all(system in done.out for system in ("float", "fake-quant", "onnx"))
+
+
+def rms(values: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
+
+
+def test_fp32_graph_computes_what_fake_quantization_does(llama_fp32: Traced, tmp_path: Path) -> None:
+    """Static, equalized and per-token inputs: both systems agree far better than with the same policy's float inputs.
+
+    In FP16 they would not: rounding tips so many codes that most of the activations' rounding errors are drawn anew.
+    """
+    run, ids = RunDirectory(tmp_path), np.random.default_rng(3).integers(0, 512, 80)
+    absmax = measured_absmax(llama_fp32, ids[None])
+    policy, arrays = rtn_policy(llama_fp32, run.policy, mixed_tiers(llama_fp32.sites), absmax)
+    shutil.copy(llama_fp32.model.with_name("sites.json"), run.sites)
+    rewrite(RewritePaths(llama_fp32.model, run.qdq, run.w4a8), llama_fp32.sites, policy, arrays, NoProgress())
+    source = Source(checkpoint_from_directory(llama_fp32.checkpoint, "tiny"), 512, run, None)
+    with opened_system(source, "fake-quant") as model:
+        fake = model.logits(ids)
+    with opened_system(source, "onnx") as model:
+        graph = model.logits(ids)
+    float_inputs = model_from_checkpoint(source.checkpoint, torch.float32)
+    apply_policy(float_inputs, policy, load_file(arrays.path), llama_fp32.sites, quantize_activations=False)
+    plain, _ = TorchCausalSession(float_inputs, "float inputs").prefill(ids[None])
+    assert rms(graph - fake) <= TIPPED_CODES * rms(fake - plain[0])
 
 
 def test_tasks_run_on_the_chosen_systems(run_copy: Path, tmp_path: Path, command: Command) -> None:

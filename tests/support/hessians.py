@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,40 @@ FLOAT32_UNIT = 2.0**-24
 """Largest relative error of one float32 rounding."""
 
 
+@dataclass(frozen=True)
+class LowRankHessian:
+    """diag(d) + V V^T: correlated channels, fast to make, and to measure with in float64, at any size."""
+
+    directions: NDArray[np.float32]
+    """V [channels, 16]."""
+    diagonal: NDArray[np.float32]
+    """d [channels], 0.5 to 2."""
+
+    @classmethod
+    def drawn(cls, channels: int, seed: int) -> LowRankHessian:
+        """Standard normal directions."""
+        rng = np.random.default_rng(seed)
+        directions = rng.standard_normal((channels, 16)).astype(np.float32)
+        return cls(directions, rng.uniform(0.5, 2.0, channels).astype(np.float32))
+
+    def matrix(self) -> torch.Tensor:
+        """float32 [channels, channels], to be damped by whoever uses it."""
+        hessian = torch.from_numpy(self.directions @ self.directions.T)
+        hessian.diagonal().add_(torch.from_numpy(self.diagonal))
+        return hessian
+
+    def damped_diagonal(self) -> NDArray[np.float64]:
+        """The diagonal d with the damping of the methods, which is a part of the mean of diag H."""
+        exact = self.diagonal.astype(np.float64)
+        return exact + DAMPING * (exact.mean() + np.square(self.directions, dtype=np.float64).sum(axis=1).mean())
+
+    def row_objectives(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Row by row e H e^T with the damped H, without making it: [out, channels] -> [out]."""
+        along = np.square(error @ self.directions.astype(np.float64)).sum(axis=1)
+        objectives: NDArray[np.float64] = (np.square(error) * self.damped_diagonal()).sum(axis=1) + along
+        return objectives
+
+
 def correlated_hessian(channels: int, seed: int, *, low_rank: bool = False) -> torch.Tensor:
     """Mean of x x^T over tokens with correlated channels: float32 [channels, channels].
 
@@ -26,12 +61,9 @@ def correlated_hessian(channels: int, seed: int, *, low_rank: bool = False) -> t
         seed: Of the draw.
         low_rank: A diagonal and 16 directions, which is fast to make at any size.
     """
-    rng = np.random.default_rng(seed)
     if low_rank:
-        directions = rng.standard_normal((channels, 16)).astype(np.float32)
-        hessian = torch.from_numpy(directions @ directions.T)
-        hessian.diagonal().add_(torch.from_numpy(rng.uniform(0.5, 2.0, channels).astype(np.float32)))
-        return hessian
+        return LowRankHessian.drawn(channels, seed).matrix()
+    rng = np.random.default_rng(seed)
     mix = rng.standard_normal((channels, channels)) + 2 * np.eye(channels)
     x = rng.standard_normal((8 * channels, channels)) @ mix
     return torch.from_numpy((x.T @ x / len(x)).astype(np.float32))
