@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fptq_export import numerics
 from fptq_export.policy import SiteEqualization
-from fptq_export.sites import Sites
+from fptq_export.sites import FoldSite, Sites
 
 __all__ = [
     "LinearScales",
@@ -83,8 +83,21 @@ def scales_from_sites(
             scales[path] = LinearScales(input=s, output=scales.get(path, LinearScales()).output)
         if site.producer_linear is not None:
             before = scales.get(site.producer_linear, LinearScales())
-            scales[site.producer_linear] = LinearScales(input=before.input, output=site.producer_scale(s))
+            output = _row_scale(site, s, sites)
+            if before.output is not None:  # another part of the same matrix
+                output = output * before.output
+            scales[site.producer_linear] = LinearScales(input=before.input, output=output)
     return scales
+
+
+def _row_scale(site: FoldSite, s: NDArray[np.float32], sites: Sites) -> NDArray[np.float32]:
+    """What the rows of a site's producing linear are divided by, float32 [out]: 1 outside the site's part of it."""
+    span, scale = site.producers[0].span, site.producer_scale(s)
+    if span is None or site.producer_linear is None:
+        return scale
+    rows = np.ones(sites.linear(site.producer_linear).out_features, np.float32)
+    rows[slice(*span)] = scale
+    return rows
 
 
 def equalized_weight(weight: torch.Tensor, scales: LinearScales) -> torch.Tensor:

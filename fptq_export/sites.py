@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from fptq_export.files import read_json_model, write_json_model
 
@@ -40,13 +40,16 @@ class _Model(BaseModel):
 class Producer(_Model):
     """One initializer that is divided by the equalization scale s when a site is folded.
 
-    With `offset` o (Gemma's norms compute x (o + w)): w' = (w + o) / s - o. Without: w' = w / s.
+    With `offset` o (Gemma's norms compute x (o + w)): w' = (w + o) / s - o. Without: w' = w / s. With `span` only that
+    part of the initializer is divided: q, k and v, or gate and up, may be one matrix.
     """
 
     initializer: str
     axis: int
     """Axis of the initializer that runs along the equalized channels."""
     offset: float = 0.0
+    span: tuple[NonNegativeInt, PositiveInt] | None = None
+    """First index along `axis` that is divided, and the one after the last; None for all."""
 
 
 class FoldSite(_Model):
@@ -85,7 +88,7 @@ class FoldSite(_Model):
         return np.repeat(heads.max(axis=1), self.repeats, axis=0).reshape(heads.shape).reshape(-1)
 
     def producer_scale(self, s: Vector) -> Vector:
-        """What the producer is divided by, float32 [producer rows], for a tied s, float32 [channels]."""
+        """What the producer (its span) is divided by, float32 [producer rows], for a tied s, float32 [channels]."""
         return s if self.head_dim is None else s.reshape(-1, self.repeats, self.head_dim)[:, 0].reshape(-1)
 
 

@@ -22,8 +22,9 @@ class FoldEqualization(ir.passes.InPlacePass):
     """Divide the producers of each equalized site by s and multiply its consumers' input rows by s.
 
     Rules:
-        1. A producer w becomes w / s along its channel axis; with an offset c (Gemma) it becomes (w + c) / s - c,
-           stored in the type it is cast to before c is added: near -c FP16 keeps too few digits of (w + c) / s.
+        1. A producer w becomes w / s along its channel axis; with a span (up in one matrix with gate) only there, and
+           the rest keeps its bits; with an offset c (Gemma) it becomes (w + c) / s - c, stored in the type it is cast
+           to before c is added: near -c FP16 keeps too few digits of (w + c) / s.
         2. The weight of every linear that reads the site, quantized or not, has its input rows multiplied by s.
         3. A weight that something else reads too (tied to an embedding) is cloned for the linear, never changed.
         4. Sites that are not equalized, and every other initializer, are left alone.
@@ -52,9 +53,16 @@ class FoldEqualization(ir.passes.InPlacePass):
                 )
             if not np.array_equal(site.tied(scale), scale):
                 raise ir.passes.PreconditionError(f"equalization of {site_id!r} differs where heads share values")
+            rows = len(site.producer_scale(scale))
             for producer in site.producers:
-                if producer.initializer not in model.graph.initializers:
+                value = model.graph.initializers.get(producer.initializer)
+                if value is None or value.shape is None:
                     raise ir.passes.PreconditionError(f"{site_id!r}: no initializer {producer.initializer!r}")
+                size = value.shape.numpy()[producer.axis]
+                start, stop = producer.span or (0, size)
+                if stop > size or stop - start != rows:
+                    cause = f"{rows} channels are not {start} to {stop} of {size}"
+                    raise ir.passes.PreconditionError(f"{site_id!r}: {producer.initializer!r}: {cause}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold every equalized site."""
@@ -92,7 +100,12 @@ def _divide(value: ir.Value, producer: Producer, scale: Real, site: FoldSite) ->
         shape = [1] * array.ndim
         shape[producer.axis] = -1
         offset = np.float32(producer.offset)
-        return (array + offset) / scale.reshape(shape) - offset
+        if producer.span is None:
+            return (array + offset) / scale.reshape(shape) - offset
+        result = array.copy()
+        part = np.moveaxis(result, producer.axis, -1)[..., slice(*producer.span)]
+        part[...] = (part + offset) / scale - offset
+        return result
 
     _replace(value, divided, site)
 

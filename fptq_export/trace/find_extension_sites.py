@@ -2,8 +2,8 @@
 
 A tensor that nothing but linears read has one when it is
 
-1. `Relu(h)`, where h is the output of a linear that nothing else reads: Relu(h / s) = Relu(h) / s for s > 0, so the
-   rows of that linear and its bias are divided;
+1. `Relu(h)`, where h is the output of a linear that nothing else reads, or a part of it: Relu(h / s) = Relu(h) / s for
+   s > 0, so the rows of that linear and their biases are divided;
 2. the output of attention, heads side by side: each channel is a mix of one value channel over tokens, with weights
    that do not depend on values, so the rows of the value projection are divided. Query heads that share a value head
    share its channels (grouped-query attention), so s is tied over them. A cache of values then holds v / s: it must
@@ -17,26 +17,17 @@ which channel goes where; a shape that is not known refuses the site.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from fptq_export.sites import FoldSite, Producer, SiteKind
-from fptq_export.trace.find_fold_sites import last_dim, source_of_channels, stray_reader
+from fptq_export.sites import FoldSite
+from fptq_export.trace.find_fold_sites import stray_reader
 from fptq_export.trace.find_linears import LinearNode, only_reader
+from fptq_export.trace.find_producing_rows import last_dim, producing_rows, source_of_channels
 
 __all__ = ["extension_site"]
 
 _SWAP_HEADS = [0, 2, 1, 3]
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """How the channels of an attention output are laid out."""
-
-    value_heads: int
-    repeats: int
-    head_dim: int
 
 
 def extension_site(
@@ -62,9 +53,8 @@ def _relu_site(
     source: ir.Value, channels: int, consumers: tuple[str, ...], linears: Mapping[str, LinearNode]
 ) -> FoldSite | None:
     """Rule 1."""
-    before = _input_of(source, "Relu")
-    linear = _linear_behind(before, channels, linears)
-    return _site("relu_mlp", linear, consumers, _Heads(1, 1, channels)) if linear is not None else None
+    rows = producing_rows(_input_of(source, "Relu"), channels, linears)
+    return rows.site("relu_mlp", channels, consumers) if rows is not None else None
 
 
 def _attention_site(
@@ -86,11 +76,11 @@ def _attention_site(
     new = _before_cache(values)
     flat = _input_of(_transposed(new), "Reshape")
     value_heads = heads // repeats
-    linear = _linear_behind(flat, value_heads * head_dim, linears)
+    rows = producing_rows(flat, value_heads * head_dim, linears)
     split = _dims(_transposed(new), 4)
-    if linear is None or split is None or split[2:] != (value_heads, head_dim):
+    if rows is None or split is None or split[2:] != (value_heads, head_dim):
         return None
-    return _site("attention_value", linear, consumers, _Heads(value_heads, repeats, head_dim))
+    return rows.site("attention_value", channels, consumers, repeats, head_dim if repeats > 1 else None)
 
 
 def _before_repetition(values: ir.Value | None, heads: int, head_dim: int) -> tuple[ir.Value | None, int]:
@@ -152,36 +142,8 @@ def _reading(value: ir.Value) -> list[ir.Node]:
     return [use.node for use in value.uses() if use.node.op_type != "Shape"]
 
 
-def _linear_behind(output: ir.Value | None, channels: int, linears: Mapping[str, LinearNode]) -> LinearNode | None:
-    """The linear that gives `output`, if its rows and bias may be divided."""
-    linear = next((linear for linear in linears.values() if linear.output is output), None)
-    if linear is None or linear.out_features != channels or linear.transpose is not None:
-        return None
-    parts = [part for part in (linear.weight, linear.bias) if part is not None]
-    return linear if all(only_reader(part) is not None for part in parts) else None
-
-
 def _dims(value: ir.Value | None, rank: int) -> tuple[int | None, ...] | None:
     """Sizes, None where one is not fixed; None altogether for another rank."""
     if value is None or value.shape is None or len(value.shape) != rank:
         return None
     return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
-
-
-def _site(kind: SiteKind, linear: LinearNode, consumers: tuple[str, ...], heads: _Heads) -> FoldSite:
-    parts = [part for part in (linear.weight, linear.bias) if part is not None]
-    producers = []
-    for part in parts:
-        if part.name is None or part.shape is None:
-            raise RuntimeError("an initializer has no name or shape")
-        producers.append(Producer(initializer=part.name, axis=len(part.shape) - 1))
-    return FoldSite(
-        id=linear.path,
-        kind=kind,
-        channels=heads.value_heads * heads.repeats * heads.head_dim,
-        producers=tuple(producers),
-        producer_linear=linear.path,
-        consumers=consumers,
-        repeats=heads.repeats,
-        head_dim=heads.head_dim if heads.repeats > 1 else None,
-    )

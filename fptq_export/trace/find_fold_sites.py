@@ -6,7 +6,8 @@ reshapes that keep the channels, is one of:
 1. `Mul(u, w)` with a constant per-channel w (RMSNorm):                 w' = w / s
 2. `Mul(u, w + c)` with constants w and c (Gemma's RMSNorm, c = 1):     w' = (w + c) / s - c
 3. `Add(Mul(u, w), b)` or `LayerNormalization(u, w, b)`, constant b:    w' = w / s,  b' = b / s
-4. `Mul(a, up)` where `up` is the output of a linear (gated MLP):       rows of W_up and its bias / s
+4. `Mul(a, up)` where `up` is the output of a linear (gated MLP), or
+   a part of it (gate and up in one matrix; see `find_producing_rows`): rows of W_up and its bias / s
 
 It has none, and the reason is recorded, when
 
@@ -23,8 +24,9 @@ import onnx_ir as ir
 
 from fptq_export.sites import FoldSite, Producer, SiteKind
 from fptq_export.trace.find_linears import LinearNode, only_reader
+from fptq_export.trace.find_producing_rows import producing_rows, source_of_channels
 
-__all__ = ["fold_site_or_reason", "last_dim", "source_of_channels", "stray_reader"]
+__all__ = ["fold_site_or_reason", "stray_reader"]
 
 
 def fold_site_or_reason(
@@ -65,37 +67,6 @@ def stray_reader(value: ir.Value, readers: Sequence[LinearNode]) -> str | None:
         if id(use.node) not in matmuls or use.idx != 0:
             return f"its input is also read by {use.node.op_type} node {use.node.name!r}, which is no linear"
     return None
-
-
-def source_of_channels(value: ir.Value) -> ir.Value | str:
-    """The tensor before casts and reshapes that only these read, with the channels of `value` in the same order.
-
-    A scale of a channel passes unchanged through a Cast, and through a Reshape that keeps the last dimension: GPT-2's
-    Conv1D reads [tokens, channels].
-
-    Returns:
-        The tensor, or one sentence that says what else reads it.
-    """
-    while (node := value.producer()) is not None and (node.op_type == "Cast" or _keeps_last_dim(node)):
-        before = node.inputs[0]
-        if before is None or only_reader(before) is None:
-            return f"its input is also read before {node.op_type} node {node.name!r}"
-        value = before
-    return value
-
-
-def _keeps_last_dim(node: ir.Node) -> bool:
-    """Whether a node is a Reshape whose last dimension is known and stays what it was."""
-    if node.op_type != "Reshape" or node.inputs[0] is None:
-        return False
-    before, after = last_dim(node.inputs[0]), last_dim(node.outputs[0])
-    return before is not None and before == after
-
-
-def last_dim(value: ir.Value) -> int | None:
-    """Size of the last dimension, None where it is not known."""
-    last = value.shape[-1] if value.shape is not None and len(value.shape) else None
-    return last if isinstance(last, int) else None
 
 
 def _channel_constant(value: ir.Value | None, channels: int) -> ir.Value | None:
@@ -139,14 +110,12 @@ def _site(
     channels: int,
     producers: Sequence[Producer],
     consumers: tuple[str, ...],
-    producer_linear: str | None = None,
 ) -> FoldSite:
     return FoldSite(
         id=site_id,
         kind=kind,
         channels=channels,
         producers=tuple(producers),
-        producer_linear=producer_linear,
         consumers=consumers,
     )
 
@@ -209,13 +178,9 @@ def _gated_mlp_site(
     node = source.producer()
     if node is None or node.op_type != "Mul":
         return None
-    by_output = {id(linear.output): linear for linear in linears.values()}
     for operand in node.inputs:
-        up = by_output.get(id(operand))
-        if up is None or operand is None or only_reader(operand) is None:
-            continue
-        parts = [part for part in (up.weight, up.bias) if part is not None]
-        if up.out_features != channels or up.transpose is not None or any(only_reader(part) is None for part in parts):
-            continue
-        return _site("gated_mlp", up.path, channels, [_producer(part) for part in parts], consumers, up.path)
+        if operand is not None and only_reader(operand) is not None:
+            rows = producing_rows(operand, channels, linears)
+            if rows is not None:
+                return rows.site("gated_mlp", channels, consumers)
     return None

@@ -70,6 +70,26 @@ def test_scales_reach_every_linear_of_a_site(sites: Sites) -> None:
         assert (down.input is s[gated], down.output) == (True, None)
 
 
+def test_parts_of_one_matrix_are_divided_apart(sites: Sites) -> None:
+    """Two sites whose producers are rows of one linear: each divides its own rows, and the others keep theirs."""
+    gated = sites.site("model.layers.0.mlp.up_proj")
+    parts = [
+        gated.model_copy(
+            update={
+                "id": f"part {span}", "channels": 32, "consumers": (),
+                "producers": tuple(part.model_copy(update={"span": span}) for part in gated.producers),
+            }
+        )
+        for span in ((0, 32), (64, 96))
+    ]  # fmt: skip
+    fused = sites.model_copy(update={"fold_sites": tuple(parts)})
+    s = {part.id: np.full(32, 2.0 + index, np.float32) for index, part in enumerate(parts)}
+    scales = scales_from_sites(fused, s, s)["model.layers.0.mlp.up_proj"]
+    assert scales.input is None
+    assert scales.output is not None
+    assert scales.output.tolist() == [2.0] * 32 + [1.0] * 32 + [3.0] * 32 + [1.0] * 32
+
+
 def test_sites_that_are_not_equalized_scale_nothing(sites: Sites) -> None:
     """Without an equalized site no linear is touched."""
     assert scales_from_sites(sites, (), {}) == {}

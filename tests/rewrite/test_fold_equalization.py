@@ -209,6 +209,45 @@ def test_offset_norm_divides_one_plus_w() -> None:
     np.testing.assert_array_equal(tensor.numpy(), np.array([2, 3, 4, 5]) / 4 - 1)
 
 
+@pytest.mark.parametrize(("axis", "initializer"), [(1, "W"), (0, "w")], ids=["columns of a matrix", "vector"])
+def test_a_span_divides_its_part_and_leaves_the_rest(axis: int, initializer: str) -> None:
+    """Up in one matrix with gate: two folds of two parts each change their own, and no bit of the other."""
+    model, sites = _shared_weight()
+    before = _initializer(model, initializer)
+    size = before.shape[axis]
+    folds = [(0, size // 2), (size // 2, size)]
+    site = sites.fold_sites[0].model_copy(update={"consumers": (), "channels": size // 2})
+    parts = [
+        site.model_copy(
+            update={"id": f"part {index}", "producers": (Producer(initializer=initializer, axis=axis, span=span),)}
+        )
+        for index, span in enumerate(folds)
+    ]
+    scale = np.full(size // 2, 2, np.float32)
+    sites = sites.model_copy(update={"fold_sites": tuple(parts)})
+    expected = before.copy()
+    for part, span in zip(parts, folds, strict=True):
+        FoldEqualization(sites, {part.id: scale})(model)
+        np.moveaxis(expected, axis, -1)[..., slice(*span)] /= 2
+        np.testing.assert_array_equal(_initializer(model, initializer), expected)
+
+
+@pytest.mark.parametrize("span", [(0, 2), (2, 6), (1, 2)], ids=["too few", "beyond the end", "one of four"])
+def test_a_span_of_another_length_is_refused(span: tuple[int, int]) -> None:
+    """Sites of another graph: the error names the initializer before anything is changed."""
+    model, sites = _shared_weight()
+    site = sites.fold_sites[0].model_copy(update={"producers": (Producer(initializer="w", axis=0, span=span),)})
+    with pytest.raises(ir.passes.PreconditionError, match="'w': 4 channels"):
+        FoldEqualization(sites.model_copy(update={"fold_sites": (site,)}), {"norm": np.full(4, 2, np.float32)})(model)
+
+
+def _initializer(model: ir.Model, name: str) -> NDArray[np.float32]:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    array: NDArray[np.float32] = tensor.numpy()
+    return array
+
+
 def test_offset_norm_keeps_its_digits_in_a_half_graph(tmp_path: Path) -> None:
     """1 + w of 0.7 over s = 20 is 0.035: in FP16, w' = -0.965 would round it by 0.7 %, so w' is stored in FP32."""
     model = ir.from_onnx_text(

@@ -137,7 +137,9 @@ def _equalized(
         weight = weight * scales[linear.site]
     for site in sites.fold_sites:
         if site.id in scales and site.producer_linear == linear.path:
-            weight = weight / scales[site.id][:, None]
+            rows = slice(*(site.producers[0].span or (0, len(weight))))
+            weight = weight.copy()
+            weight[rows] /= scales[site.id][:, None]
     return weight
 
 

@@ -217,6 +217,16 @@ def test_tensors_that_leave_the_graph_are_not_scaled(nodes: str, outputs: str) -
     assert isinstance(_outcome(nodes, outputs), str)
 
 
+@pytest.mark.parametrize("captured", ["x", "w", "p", "P"])
+def test_what_a_subgraph_reads_is_not_scaled(captured: str) -> None:
+    """A branch of If reads values of the graph without being handed them: it would see the scaled tensor."""
+    nodes = "x = Mul(u, w)" if captured in ("x", "w") else "p = MatMul(u, P) g = Sigmoid(r) x = Mul(g, p)"
+    inner = f"then () => (float t) {{ t = Neg({captured}) }}", "otherwise () => (float e) { e = Neg(r) }"
+    branches = f"z = If (yes) <then_branch = {inner[0]}, else_branch = {inner[1]}>"
+    outcome = _outcome(f"{nodes} y = MatMul(x, W) yes = Constant<value = bool {{1}}>() {branches}", "y, z")
+    assert isinstance(outcome, str)
+
+
 def test_graph_input_has_no_site() -> None:
     """Nothing makes a graph input, so nothing can be divided."""
     model = _model("y = MatMul(u, W)", "y")
