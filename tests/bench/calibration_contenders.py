@@ -75,15 +75,16 @@ def ours(options: argparse.Namespace, method: Literal["rtn", "gptq"], *, signed:
     from calib.ranks import ALONE
     from fptq_export.options import RunOptions
     from fptq_export.pipeline.calibration import calibrate, decide, needs_hessians
+    from fptq_export.pipeline.run_directory import RunDirectory
     from fptq_export.progress import NoProgress
     from fptq_export.sites import read_sites
 
     def run() -> None:
-        output = options.workdir / f"run-{method}"
-        output.mkdir(exist_ok=True)
+        directory = RunDirectory(options.workdir / f"run-{method}")
+        directory.path.mkdir(exist_ok=True)
         wanted = RunOptions(
             model=str(_directory(options)),
-            output=output,
+            output=directory.path,
             group_size=options.group_size,
             weight_method=method,
             signed_scales=signed,
@@ -93,10 +94,9 @@ def ours(options: argparse.Namespace, method: Literal["rtn", "gptq"], *, signed:
         )
         checkpoint = checkpoint_from_directory(_directory(options), "bench")
         sites = read_sites(options.workdir / _SITES_FILE)
-        stats = output / "stats.safetensors"
-        hessians = output / "hessians.safetensors" if needs_hessians(wanted) else None
+        hessians = directory.hessians if needs_hessians(wanted) else None
         calibrate(checkpoint, sites, wanted, hessians, "bench", ALONE, NoProgress())
-        decide(checkpoint, sites, wanted, stats, hessians, output / "policy.json", NoProgress())
+        decide(checkpoint, sites, wanted, directory, hessians, NoProgress())
 
     return run
 

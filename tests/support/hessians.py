@@ -44,7 +44,9 @@ class LowRankHessian:
     def damped_diagonal(self) -> NDArray[np.float64]:
         """The diagonal d with the damping of the methods, which is a part of the mean of diag H."""
         exact = self.diagonal.astype(np.float64)
-        return exact + DAMPING * (exact.mean() + np.square(self.directions, dtype=np.float64).sum(axis=1).mean())
+        mean = exact.mean() + np.square(self.directions, dtype=np.float64).sum(axis=1).mean()
+        damped: NDArray[np.float64] = exact + DAMPING * mean
+        return damped
 
     def row_objectives(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
         """Row by row e H e^T with the damped H, without making it: [out, channels] -> [out]."""
