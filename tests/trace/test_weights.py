@@ -95,7 +95,7 @@ def test_tensor_of_another_shape_is_never_written(tmp_path: Path) -> None:
     """The data file is laid out by declared shapes: a tensor of another size would shift all that follow."""
     save_file({"W": np.ones((3, 3), np.float16)}, tmp_path / "model.safetensors")
     model = _model(W="PARAMETER")
-    attach_weights(model, {"W": (tmp_path / "model.safetensors", "W")}, {}, {})
+    attach_weights(model, {"W": StoredTensor(tmp_path / "model.safetensors", "W")}, {}, {})
     with pytest.raises(RuntimeError, match=r"'W' is float16 \[3, 3\], declared as FLOAT16 \[2, 3\]"):
         _value(model, "W")
 
