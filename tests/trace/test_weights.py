@@ -38,7 +38,7 @@ def _value(model: ir.Model, name: str) -> NDArray[np.generic]:
 def test_attaching_reads_nothing(tmp_path: Path) -> None:
     """Weights are read when they are written, so memory does not follow the model: here the file does not exist."""
     model = _model(W="PARAMETER")
-    attach_weights(model, {"W": (tmp_path / "absent.safetensors", "W")}, {}, {})
+    attach_weights(model, {"W": StoredTensor(tmp_path / "absent.safetensors", "W")}, {}, {})
     assert isinstance(model.graph.initializers["W"].const_value, ir.LazyTensor)
 
 
@@ -49,7 +49,7 @@ def test_values_are_rounded_once_to_the_graphs_type(tmp_path: Path, stored: type
     values: NDArray[np.generic] = np.linspace(-3, 3, 6, dtype=np.float32).reshape(2, 3).astype(stored)
     save_file({"key": values}, tmp_path / "model.safetensors")
     model = _model(dtype, W="PARAMETER")
-    attach_weights(model, {"W": (tmp_path / "model.safetensors", "key")}, {}, {})
+    attach_weights(model, {"W": StoredTensor(tmp_path / "model.safetensors", "key")}, {}, {})
     wanted = model.graph.initializers["W"].dtype
     assert wanted is not None
     np.testing.assert_array_equal(_value(model, "W"), values.astype(wanted.numpy()))
@@ -60,7 +60,7 @@ def test_buffers_come_from_the_model(tmp_path: Path) -> None:
     model = _model(table="BUFFER", stored="BUFFER")
     save_file({"stored": np.full((2, 3), 5, np.float16)}, tmp_path / "model.safetensors")
     buffers = {name: np.full((2, 3), 2.5, np.float32) for name in ("table", "stored")}
-    attach_weights(model, {"stored": (tmp_path / "model.safetensors", "stored")}, buffers, {})
+    attach_weights(model, {"stored": StoredTensor(tmp_path / "model.safetensors", "stored")}, buffers, {})
     np.testing.assert_array_equal(_value(model, "table"), np.full((2, 3), 2.5, np.float16))
     np.testing.assert_array_equal(_value(model, "stored"), np.full((2, 3), 5, np.float16))
 
@@ -79,7 +79,7 @@ def test_tied_parameters_are_found_under_either_name(tmp_path: Path, stored: str
 def test_tensor_in_no_file_is_named(tmp_path: Path) -> None:
     """The error names the tensor and what to check."""
     with pytest.raises(UserError, match=r"'W'.*no checkpoint file holds it[\s\S]*complete"):
-        attach_weights(_model(W="PARAMETER"), {"V": (tmp_path / "f", "V")}, {}, {})
+        attach_weights(_model(W="PARAMETER"), {"V": StoredTensor(tmp_path / "f", "V")}, {}, {})
 
 
 def test_constants_of_the_code_keep_their_value() -> None:
@@ -95,7 +95,7 @@ def test_tensor_of_another_shape_is_never_written(tmp_path: Path) -> None:
     """The data file is laid out by declared shapes: a tensor of another size would shift all that follow."""
     save_file({"W": np.ones((3, 3), np.float16)}, tmp_path / "model.safetensors")
     model = _model(W="PARAMETER")
-    attach_weights(model, {"W": (tmp_path / "model.safetensors", "W")}, {}, {})
+    attach_weights(model, {"W": StoredTensor(tmp_path / "model.safetensors", "W")}, {}, {})
     with pytest.raises(RuntimeError, match=r"'W' is float16 \[3, 3\], declared as FLOAT16 \[2, 3\]"):
         _value(model, "W")
 
