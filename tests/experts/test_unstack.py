@@ -108,10 +108,10 @@ def test_routed_linears_see_their_own_tokens_only() -> None:
 
 def test_weights_are_views_of_the_stack() -> None:
     """Taking a stack apart copies nothing: a checkpoint in memory stays a memory map."""
-    block = Block(stacked())
-    storage = block.experts.gate_up_proj.untyped_storage().data_ptr()
+    stack = stacked()
+    storage, block = stack.gate_up_proj.untyped_storage().data_ptr(), Block(stack)
     unstack_experts(block, static=False)
-    assert block.experts[3].up_proj.weight.untyped_storage().data_ptr() == storage
+    assert block.get_parameter("experts.3.up_proj.weight").untyped_storage().data_ptr() == storage
 
 
 def test_linears_are_told_with_their_experts() -> None:
@@ -137,7 +137,7 @@ class ClampedForward(MixtralExperts):
 class OtherArguments(MixtralExperts):
     """Called with something else than tokens and choices."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override] # as other models' experts have it
         """The input."""
         return x
 
@@ -148,7 +148,8 @@ class OwnGate(MixtralExperts):
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate.clamp(max=7.0)) * up
+        limited: torch.Tensor = self.act_fn(gate.clamp(max=7.0)) * up
+        return limited
 
 
 @use_experts_implementation
@@ -173,8 +174,7 @@ MARKED = {
 def test_experts_with_other_marks_are_refused(mark: str) -> None:
     """What transformers notes of a class (biases, layout, norm) is refused with its reason and the module."""
     marks, reason = MARKED[mark]
-    kind = use_experts_implementation(**marks)(type("Marked", (MixtralExperts,), {}))
-    block = Block(stacked(kind))
+    block = Block(stacked())
     for name, value in marks.items():
         setattr(block.experts, name, value)
     with pytest.raises(UserError, match=reason) as caught:

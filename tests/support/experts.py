@@ -58,15 +58,8 @@ def tiny_qwen3_moe() -> PretrainedConfig:
     """One layer of four experts, QK norm; two experts a token, whose weights do not sum to 1."""
     from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeConfig(
-        **_SIZES,
-        num_hidden_layers=1,
-        num_experts=EXPERTS,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        head_dim=16,
-        norm_topk_prob=False,
-    )
+    routing = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": False}
+    return Qwen3MoeConfig(**{**_SIZES, **routing, "num_hidden_layers": 1, "head_dim": 16})
 
 
 def stacked_model(directory: Path, dtype: torch.dtype) -> Any:
