@@ -115,7 +115,7 @@ def minilm_run(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from fptq_export.cli import main
 
     run = tmp_path_factory.mktemp("minilm") / "run"
-    short = ("--calib-size", "32", "--calib-seq", "128")
+    short = ("--calib-size", "64", "--calib-seq", "128")
     words = ("--target", "onnx", "--weight-method", "gptq", "--group-size", "32", "--min-cosine", "0.97")
     assert main([str(minilm_dir), "-o", str(run), *words, *short]) == 0
     logging.disable(logging.NOTSET)
