@@ -126,7 +126,7 @@ def test_worse_codes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_same_seed_gives_the_same_codes_and_the_block_is_as_before() -> None:
     """A run can be repeated; and its linears are back in their places, untouched."""
     case = _Case()
-    before = {name: module.weight.clone() for name, module in case.block.named_children()}
+    before = {name: module.get_parameter("weight").clone() for name, module in case.block.named_children()}
     first, second = case.learn(), case.learn()
     other = case.learn(seed=1)
     assert all(torch.equal(first.codes[name], second.codes[name]) for name in case.starts)
