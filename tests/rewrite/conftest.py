@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,28 +10,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fptq_export.policy import Policy, PolicyArrays, Precision
-from fptq_export.progress import NoProgress
-from fptq_export.rewrite import RewritePaths, lower_for_tensorrt, rewrite
-from tests.support.policies import measured_absmax, mixed_precisions, mixed_tiers, rtn_policy
+from fptq_export.policy import Precision
+from tests.support.policies import mixed_precisions, mixed_tiers
+from tests.support.rewritten import Rewritten, rewritten_with
 from tests.support.traced import Traced
+
+__all__ = ["Rewritten"]
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     ModelDirFactory = Callable[[PretrainedConfig], Path]
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A model, the policy it was given, and the three graphs that come out."""
-
-    traced: Traced
-    policy: Policy
-    arrays: PolicyArrays
-    qdq: Path
-    w4a8: Path
-    lowered: Path
 
 
 @pytest.fixture(scope="session")
@@ -84,11 +72,4 @@ def _rewritten(
     exclude: tuple[str, ...],
     precisions: Mapping[str, Precision] | None = None,
 ) -> Rewritten:
-    absmax = measured_absmax(traced, ids)
-    tiers = mixed_tiers(traced.sites, exclude)
-    policy, arrays = rtn_policy(traced, directory / "policy.json", tiers, absmax, precisions=precisions)
-    names = ("model.qdq.onnx", "model.w4a8.onnx", "model.lowered.onnx")
-    qdq, w4a8, lowered = (directory / name for name in names)
-    rewrite(RewritePaths(traced.model, qdq, w4a8), traced.sites, policy, arrays, NoProgress())
-    lower_for_tensorrt(w4a8, lowered)
-    return Rewritten(traced, policy, arrays, qdq, w4a8, lowered)
+    return rewritten_with(traced, mixed_tiers(traced.sites, exclude), ids, directory, precisions)

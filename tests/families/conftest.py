@@ -1,0 +1,75 @@
+"""Every family's tiny model, traced and quantized once a session, and the record of what its tests showed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fptq_export.policy import Activation
+from fptq_export.sites import Sites
+from tests.families.registry import Family, config_of
+from tests.families.support_table import Record
+from tests.support.models import model_once
+from tests.support.rewritten import Rewritten, rewritten_with
+from tests.support.traced import Traced, traced_once
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    ModelDirFactory = Callable[[PretrainedConfig], Path]
+
+__all__ = ["Quantize", "Trace"]
+
+Trace = Callable[[Family], Traced]
+Quantize = Callable[[Family], Rewritten]
+
+
+@pytest.fixture(scope="session")
+def ids() -> NDArray[np.int64]:
+    """Tokens to calibrate with and to compare on, [2, 12]: more than the sliding window."""
+    return np.random.default_rng(7).integers(0, 512, (2, 12))
+
+
+@pytest.fixture(scope="session")
+def trace(make_model_dir: ModelDirFactory) -> Trace:
+    """Give the FP32 graph of a family, traced with the first call."""
+    return lambda family: traced_once(model_once(make_model_dir, config_of(family)), "fp32")
+
+
+@pytest.fixture(scope="session")
+def quantize(trace: Trace, ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> Quantize:
+    """Give every form of a family's graph under a policy with all three tiers, made with the first call."""
+    done: dict[str, Rewritten] = {}
+
+    def once(family: Family) -> Rewritten:
+        if family.key not in done:
+            traced = trace(family)
+            done[family.key] = rewritten_with(
+                traced, tiers_of_all(traced.sites), ids, tmp_path_factory.mktemp(family.key)
+            )
+        return done[family.key]
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def record() -> Record:
+    """What the tests of this session showed."""
+    return Record()
+
+
+def tiers_of_all(sites: Sites) -> dict[str, Activation]:
+    """A tier for every linear, the head too: with a site every second input is equalized; the others take turns."""
+    with_site: tuple[Activation, ...] = ("lae_static", "per_token")
+    without: tuple[Activation, ...] = ("static", "per_token")
+    by_input = {linear.input: linear.site is not None for linear in sites.linears}
+    tiers: dict[str, Activation] = {}
+    for choices, has_site in ((with_site, True), (without, False)):
+        inputs = [name for name, found in by_input.items() if found is has_site]
+        tiers |= {name: choices[index % len(choices)] for index, name in enumerate(inputs)}
+    return {linear.path: tiers[linear.input] for linear in sites.linears}

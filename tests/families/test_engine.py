@@ -1,0 +1,44 @@
+"""TensorRT for RTX builds the W4A8 graph of every family, without a GPU, and its layers are those of the policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fptq_export.build.engine import BuildRequest, build_engine
+from fptq_export.build.profiles import LlmLimits, inputs_from_onnx, profile_for_inputs
+from fptq_export.build.targets import Target
+from fptq_export.progress import NoProgress
+from tests.families.conftest import Quantize
+from tests.families.registry import FAMILIES, Family
+from tests.families.support_table import Record
+
+_LIMITS = LlmLimits(max_batch_size=2, max_input_len=16, max_kv_len=16)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_engine_is_built_with_every_linear_in_int4(
+    family: Family, quantize: Quantize, record: Record, tmp_path: Path
+) -> None:
+    """Each linear of the policy is found in the engine's layer list with its INT4 codes."""
+    with record.cell(family, "engine") as cell:
+        rewritten = quantize(family)
+        profile = profile_for_inputs(inputs_from_onnx(rewritten.lowered), _LIMITS)
+        assert profile is not None
+        layers = rewritten.policy.quantized()
+        request = BuildRequest(
+            onnx_path=rewritten.lowered,
+            weights_dir=rewritten.lowered.parent,
+            engine_path=tmp_path / "out.plan",
+            log_path=tmp_path / "build.log",
+            target=Target.TENSORRT_RTX,
+            quantized={path: layer.in_features * layer.out_features for path, layer in layers.items()},
+            profiles=(profile,),
+            compute_capabilities=("8.9",),
+            optimization_level=0,
+        )
+        report = build_engine(request, NoProgress())
+        assert report.precision.quantized_linears == len(layers)
+        assert request.engine_path.stat().st_size > 0
+        cell.text = "built"

@@ -1,0 +1,100 @@
+"""The W4A8 graph of every family computes what the fake-quantized torch model computes, with and without a cache."""
+
+from __future__ import annotations
+
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from calib.fake_quant import apply_policy
+from fptq_export.policy import arrays_path
+from fptq_export.verify.decode import CacheBound
+from tests.families.conftest import Quantize
+from tests.families.registry import FAMILIES, Family
+from tests.families.support_table import Record
+from tests.support.rewritten import Rewritten
+from tests.support.traced import causal_feed, run
+
+_FLIPS = 8
+"""INT8 codes that may fall on either side of a rounding boundary in two correct programs. Their inputs differ by some
+2^-20 of a value of up to 127 steps, so one code in 4000 is so near a boundary, at worst, and a code is on average three
+steps from 0, not 127: of the 24 tokens x 1000 codes of a layer fewer than one is expected, and more than 8 are not."""
+PARITY = sqrt(_FLIPS) / 127.0 * 4.0 / 8.0
+"""Of the largest logit: 1.1 %. A code that flips moves one of at least 64 channels by 1/127 of the largest magnitude,
+which is about 4 times the root mean square, so the tensor by 4 / 127 / sqrt(64) of its length, and the logits in
+proportion; independent flips add up like a random walk."""
+TIERS = {"static": "static", "lae_static": "equalized", "per_token": "per token"}
+
+
+def test_bound_is_below_that_of_a_wrong_cache() -> None:
+    """The bound is tighter than what verification of a run allows a decode step."""
+    assert CacheBound("int8", layers=1).relative > 3 * PARITY
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_every_tier_is_in_the_policy(family: Family, quantize: Quantize, record: Record) -> None:
+    """Static, equalized and per-token inputs each stand in the rewritten graph's policy; no linear stays float."""
+    with record.cell(family, "policies") as cell:
+        rewritten = quantize(family)
+        policy = rewritten.policy
+        tiers = {layer.activation for layer in policy.layers.values()}
+        assert tiers == set(TIERS)
+        assert policy.quantized().keys() == {linear.path for linear in rewritten.traced.sites.linears}
+        cell.text = ", ".join(TIERS.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_graph_equals_the_torch_model(
+    family: Family, quantize: Quantize, ids: NDArray[np.int64], record: Record
+) -> None:
+    """Prefill: the logits are those of torch with the same codes, and nearer to them than to the float model's."""
+    with record.cell(family, "parity") as cell:
+        rewritten = quantize(family)
+        expected = _fake_quant_logits(rewritten, ids)
+        actual, floating = (
+            run(path, causal_feed(path, ids), outputs=["logits"])["logits"]
+            for path in (rewritten.w4a8, rewritten.traced.model)
+        )
+        allowed = PARITY * np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, rtol=0.0, atol=allowed)
+        assert np.abs(floating - expected).max() > 3 * allowed, "quantization would not be seen"
+        cell.text = "equal"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_decoding_behind_a_cache_equals_the_torch_model(
+    family: Family, quantize: Quantize, ids: NDArray[np.int64], record: Record
+) -> None:
+    """The last token behind a cache of the others, also where a window hides the first of them."""
+    with record.cell(family, "kv") as cell:
+        rewritten = quantize(family)
+        expected = _fake_quant_logits(rewritten, ids)[:, -1]
+        first = run(rewritten.w4a8, causal_feed(rewritten.w4a8, ids[:, :-1]))
+        past = {f"past_key_values{name.removeprefix('present')}": first[name] for name in first if "present" in name}
+        feed = causal_feed(rewritten.w4a8, ids[:, -1:], past)
+        actual = run(rewritten.w4a8, feed, outputs=["logits"])["logits"][:, 0]
+        np.testing.assert_allclose(actual, expected, rtol=0.0, atol=PARITY * np.abs(expected).max())
+        cell.text = "concat"
+
+
+def _fake_quant_logits(rewritten: Rewritten, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits of the torch model under the policy of a rewritten graph, [batch, sequence, vocab]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        rewritten.traced.checkpoint, dtype=torch.float32, attn_implementation="eager"
+    )
+    arrays = load_file(arrays_path(_policy_path(rewritten)))
+    apply_policy(model, rewritten.policy, arrays, rewritten.traced.sites)
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+    return logits
+
+
+def _policy_path(rewritten: Rewritten) -> Path:
+    return rewritten.w4a8.with_name("policy.json")
