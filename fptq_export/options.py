@@ -28,6 +28,8 @@ class RunOptions(BaseModel):
     """`tensorrt`, `tensorrt-rtx`, `onnx`; None picks what this machine can build."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Type of everything that is not quantized."""
+    logits: Literal["all", "last"] = "all"
+    """Tokens of a call that the graph gives logits for: every one, or the last one."""
     rotate: bool = False
     """Rotate the residual stream by a Hadamard matrix, fused into the weights, before anything else."""
     policy: str = "paper"

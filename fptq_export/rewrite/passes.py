@@ -1,13 +1,15 @@
 """The ordered list of rewrites, and why this order.
 
-1. `FoldEqualization` first: it changes float weights, which exist only before quantization.
-2. `InsertQdq`: the standard form, `model.qdq.onnx`.
-3. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
-4. Per target, at build time, on a copy that is never written beside the others. Where the plugin is used:
+1. What the caller of the graph sees: `LastTokenLogits` where it is asked for. First, so that all that follows is
+   checked against the inputs and outputs that remain.
+2. `FoldEqualization`: it changes float weights, which exist only before quantization.
+3. `InsertQdq`: the standard form, `model.qdq.onnx`.
+4. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
+5. Per target, at build time, on a copy that is never written beside the others. Where the plugin is used:
    `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
    `LowerToNative` for every linear that is still portable, then `LintPrecision`.
 
-`CheckInvariants` runs after 2 and 3.
+`CheckInvariants` runs after 3 and 4.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
@@ -28,12 +31,13 @@ from fptq_export.rewrite.fold_equalization import FoldEqualization
 from fptq_export.rewrite.fuse_projections import FuseProjections
 from fptq_export.rewrite.fuse_w4a8_linears import FuseW4A8Linears
 from fptq_export.rewrite.insert_qdq import InsertQdq
+from fptq_export.rewrite.last_token_logits import LastTokenLogits
 from fptq_export.rewrite.lint_precision import LintPrecision
 from fptq_export.rewrite.lower_to_native import LowerToNative
 from fptq_export.rewrite.lower_to_plugin import LowerToPlugin
 from fptq_export.sites import Sites
 
-__all__ = ["Lowered", "RewritePaths", "lower_for_plugin", "lower_for_tensorrt", "rewrite"]
+__all__ = ["GraphForm", "Lowered", "RewritePaths", "lower_for_plugin", "lower_for_tensorrt", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class RewritePaths:
     model: Path
     qdq: Path
     w4a8: Path
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """What the caller of the written graphs sees."""
+
+    logits: Literal["all", "last"] = "all"
+    """Logits of every token of a call, [B, S, V], or of the last one, [B, 1, V]."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,14 @@ class Lowered:
     """Torch path -> why the plugin does not run it."""
 
 
-def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArrays, progress: Progress) -> None:
+def rewrite(
+    paths: RewritePaths,
+    sites: Sites,
+    policy: Policy,
+    arrays: PolicyArrays,
+    progress: Progress,
+    form: GraphForm | None = None,
+) -> None:
     """Write the Q/DQ form and the fused form of a graph.
 
     Args:
@@ -66,12 +85,14 @@ def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArr
         policy: What each linear runs.
         arrays: Codes, scales and equalizations.
         progress: Where to report.
+        form: What the caller of the two forms sees; as traced where it is None.
 
     Raises:
-        UserError: A fold overflows the graph's type.
+        UserError: A fold overflows the graph's type, or the graph cannot be brought into the form.
         PrecisionError: A rewrite broke an invariant.
     """
     model = load_graph(paths.model)
+    _bring_into_form(model, form if form is not None else GraphForm())
     check = CheckInvariants(interface_from_graph(model), sites, policy)
     equalization = {
         site: arrays.read(f"{site}.equalization", (sites.site(site).channels,)) for site in policy.equalized_sites()
@@ -87,6 +108,11 @@ def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArr
     save_graph(model, paths.w4a8)
     for path in (paths.qdq, paths.w4a8):
         onnx.checker.check_model(str(path))
+
+
+def _bring_into_form(model: ir.Model, form: GraphForm) -> None:
+    if form.logits == "last":
+        LastTokenLogits()(model)
 
 
 def lower_for_tensorrt(w4a8: Path, lowered: Path) -> None:

@@ -17,6 +17,7 @@ from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from fptq_export.errors import Problem, UserError, UserErrors
+from fptq_export.verify.all_logits import gives_last_only, graph_with_all_logits
 
 __all__ = ["CausalSession", "GraphOptimization", "OnnxCache", "OnnxCausalSession"]
 
@@ -94,8 +95,9 @@ class OnnxCausalSession:
     """ONNX Runtime (CPU) on a causal language model with a KV cache.
 
     Inputs of the graph: `input_ids` [B, S], `attention_mask` [B, past+S], `position_ids` [B, S] and, for each layer N,
-    `past_key_values.N.key` and `.value` [B, H, past, D], where past may be 0. Outputs: `logits` [B, S, V] and
-    `present.N.key` and `.value`. Dtypes, heads and head sizes are those of the graph; weights may be external data.
+    `past_key_values.N.key` and `.value` [B, H, past, D], where past may be 0. Outputs: `logits` [B, S, V], or [B, 1, V]
+    for the last token, and `present.N.key` and `.value`. Dtypes, heads and head sizes are those of the graph; weights
+    may be external data.
 
     Args:
         path: The ONNX file.
@@ -103,6 +105,8 @@ class OnnxCausalSession:
         name: What reports call it; the file name by default.
         optimization: Graph optimization level. `all` is ONNX Runtime's default, and halves the time of a decode step
             on FP16 graphs: the weights are widened to FP32 once, and not at every call.
+        all_logits: Run the form of the graph that gives the logits of every token, where the file gives those of the
+            last one (`all_logits`).
 
     Raises:
         UserError: The file is missing, is not a graph ONNX Runtime can run, or its inputs and outputs are not those
@@ -110,11 +114,18 @@ class OnnxCausalSession:
     """
 
     def __init__(
-        self, path: Path, *, threads: int | None, name: str | None = None, optimization: GraphOptimization = "all"
+        self,
+        path: Path,
+        *,
+        threads: int | None,
+        name: str | None = None,
+        optimization: GraphOptimization = "all",
+        all_logits: bool = False,
     ) -> None:
         self.name = path.name if name is None else name
         self._path = path
-        self._session = _session_from_path(path, threads, optimization)
+        graph = graph_with_all_logits(path) if all_logits and gives_last_only(path) else None
+        self._session = _session_from_path(path, graph, threads, optimization)
         self._signature = _signature_from_session(path, self._session)
         self._outputs = ["logits", *self._signature.past_from_present]
 
@@ -173,7 +184,8 @@ class OnnxCausalSession:
         return _float32_from_ort_value(logits), OnnxCache(dict(zip(past_names, presents, strict=True)), length)
 
 
-def _session_from_path(path: Path, threads: int | None, optimization: GraphOptimization) -> Any:
+def _session_from_path(path: Path, graph: bytes | None, threads: int | None, optimization: GraphOptimization) -> Any:
+    """A session of a file, or of a graph whose weights lie beside that file."""
     if not path.is_file():
         raise UserError(str(path), "no such file", "run the stage that writes it first")
     options = ort.SessionOptions()
@@ -183,10 +195,12 @@ def _session_from_path(path: Path, threads: int | None, optimization: GraphOptim
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The default, 4, quantizes the activations of every block-INT4 MatMul once more, in blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACCURACY)
+    # Read only where the graph comes as bytes: a file is its own place.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path) if graph is None else graph, options, providers=["CPUExecutionProvider"])
     except ort_errors.NotImplemented as error:
         raise UserError(
             str(path),
