@@ -1,10 +1,10 @@
-"""Questions that rewrites ask of a graph when they look for a pattern."""
+"""What rewrites ask of a graph when they look for a pattern, and how they put a node in its place."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-__all__ = ["has_shape", "is_constant", "only_reader", "operand_beside", "producer", "scalar"]
+__all__ = ["has_shape", "is_constant", "only_reader", "operand_beside", "producer", "replace_node", "scalar", "sizes"]
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -48,3 +48,36 @@ def has_shape(value: ir.Value | None, *dims: int | None) -> bool:
     if value is None or value.shape is None or len(value.shape) != len(dims):
         return False
     return all(wanted is None or wanted == found for wanted, found in zip(dims, value.shape, strict=True))
+
+
+def sizes(value: ir.Value | None, rank: int) -> tuple[int | None, ...]:
+    """Dimensions of a value, None where one is open; all of them None where the value has another rank."""
+    if value is None or value.shape is None or len(value.shape) != rank:
+        return (None,) * rank
+    return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+
+
+def replace_node(model: ir.Model, last: ir.Node, fused: ir.Node) -> None:
+    """Put a node in the place of the last one of a pattern; what only the pattern read is removed.
+
+    Args:
+        model: Changed in place.
+        last: Gives the output that others read.
+        fused: Not in the graph yet; its only output takes the name, type and shape of that output.
+    """
+    before, after = last.outputs[0], fused.outputs[0]
+    model.graph.insert_before(last, [fused])
+    after.name, after.type, after.shape = before.name, before.type, before.shape
+    ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    _remove_unread(model, last)
+
+
+def _remove_unread(model: ir.Model, node: ir.Node) -> None:
+    """Remove a node that nothing reads, and then what only it read."""
+    if any(output.uses() or output.is_graph_output() for output in node.outputs):
+        return
+    producers = [value.producer() for value in node.inputs if value is not None]
+    model.graph.remove(node, safe=True)
+    for before in dict.fromkeys(producers):
+        if before is not None and before.graph is model.graph:
+            _remove_unread(model, before)
