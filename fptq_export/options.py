@@ -30,6 +30,8 @@ class RunOptions(BaseModel):
     """Type of everything that is not quantized."""
     logits: Literal["all", "last"] = "all"
     """Tokens of a call that the graph gives logits for: every one, or the last one."""
+    kv_cache: Literal["concat", "static"] = "concat"
+    """A KV cache that grows with every call, or one of fixed length that is written in place."""
     rotate: bool = False
     """Rotate the residual stream by a Hadamard matrix, fused into the weights, before anything else."""
     policy: str = "paper"

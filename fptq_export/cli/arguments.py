@@ -130,6 +130,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_graph_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("graph")
     group.add_argument("--logits", metavar="TOKENS", help="all, or last: logits of the last token of a call only [all]")
+    group.add_argument(
+        "--kv-cache",
+        metavar="FORM",
+        help="concat, or static: a cache of fixed length, written at an index, and one Attention a layer [concat]",
+    )
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:

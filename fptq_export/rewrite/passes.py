@@ -1,12 +1,13 @@
 """The ordered list of rewrites, and why this order.
 
-1. What the caller of the graph sees: `LastTokenLogits` where it is asked for. First, so that all that follows is
-   checked against the inputs and outputs that remain.
+1. What the caller of the graph sees, where it is asked for (`graph_form`): `LastTokenLogits`, `StaticCache` and the
+   fusions that go with it. First, so that all that follows is checked against the inputs and outputs that remain; after
+   the sites were found, which look for the arithmetic that is fused here.
 2. `FoldEqualization`: it changes float weights, which exist only before quantization.
 3. `InsertQdq`: the standard form, `model.qdq.onnx`.
 4. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
-5. Per target, at build time, on a copy that is never written beside the others. Where the plugin is used:
-   `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
+5. Per target, at build time, on a copy that is never written beside the others: `FixCacheLength`. Where the plugin is
+   used: `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
    `LowerToNative` for every linear that is still portable, then `LintPrecision`.
 
 `CheckInvariants` runs after 3 and 4.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -27,11 +28,12 @@ from fptq_export.graph_io import data_path, load_graph, save_graph, write_weight
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import Progress
 from fptq_export.rewrite.check_invariants import CheckInvariants, interface_from_graph
+from fptq_export.rewrite.fix_cache_length import FixCacheLength
 from fptq_export.rewrite.fold_equalization import FoldEqualization
 from fptq_export.rewrite.fuse_projections import FuseProjections
 from fptq_export.rewrite.fuse_w4a8_linears import FuseW4A8Linears
+from fptq_export.rewrite.graph_form import GraphForm, bring_into_form
 from fptq_export.rewrite.insert_qdq import InsertQdq
-from fptq_export.rewrite.last_token_logits import LastTokenLogits
 from fptq_export.rewrite.lint_precision import LintPrecision
 from fptq_export.rewrite.lower_to_native import LowerToNative
 from fptq_export.rewrite.lower_to_plugin import LowerToPlugin
@@ -47,14 +49,6 @@ class RewritePaths:
     model: Path
     qdq: Path
     w4a8: Path
-
-
-@dataclass(frozen=True)
-class GraphForm:
-    """What the caller of the written graphs sees."""
-
-    logits: Literal["all", "last"] = "all"
-    """Logits of every token of a call, [B, S, V], or of the last one, [B, 1, V]."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def rewrite(
     arrays: PolicyArrays,
     progress: Progress,
     form: GraphForm | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write the Q/DQ form and the fused form of a graph.
 
     Args:
@@ -87,12 +81,15 @@ def rewrite(
         progress: Where to report.
         form: What the caller of the two forms sees; as traced where it is None.
 
+    Returns:
+        For the summary of the stage: what the form changed, see `bring_into_form`.
+
     Raises:
         UserError: A fold overflows the graph's type, or the graph cannot be brought into the form.
         PrecisionError: A rewrite broke an invariant.
     """
     model = load_graph(paths.model)
-    _bring_into_form(model, form if form is not None else GraphForm())
+    brought = bring_into_form(model, form if form is not None else GraphForm())
     check = CheckInvariants(interface_from_graph(model), sites, policy)
     equalization = {
         site: arrays.read(f"{site}.equalization", (sites.site(site).channels,)) for site in policy.equalized_sites()
@@ -108,31 +105,32 @@ def rewrite(
     save_graph(model, paths.w4a8)
     for path in (paths.qdq, paths.w4a8):
         onnx.checker.check_model(str(path))
+    return brought
 
 
-def _bring_into_form(model: ir.Model, form: GraphForm) -> None:
-    if form.logits == "last":
-        LastTokenLogits()(model)
-
-
-def lower_for_tensorrt(w4a8: Path, lowered: Path) -> None:
+def lower_for_tensorrt(w4a8: Path, lowered: Path, cache_length: int | None = None) -> None:
     """Write the graph a TensorRT without our plugin can build; its weights stay in the data file of `w4a8`.
 
     Args:
         w4a8: `model.w4a8.onnx`.
         lowered: Where the lowered graph goes. External data locations stay relative to the directory of `w4a8`.
+        cache_length: Slots of a static KV cache; None leaves them open, which TensorRT refuses.
 
     Raises:
         PrecisionError: The graph would run another precision than it says.
     """
     model = load_graph(w4a8)
+    if cache_length is not None:
+        FixCacheLength(cache_length)(model)
     LowerToNative()(model)
     LintPrecision()(model)
     with atomic_path(lowered) as partial:
         onnx.save(ir.to_proto(model), str(partial), format="protobuf")
 
 
-def lower_for_plugin(w4a8: Path, lowered: Path, *, fuse_projections: bool = True) -> Lowered:
+def lower_for_plugin(
+    w4a8: Path, lowered: Path, cache_length: int | None = None, *, fuse_projections: bool = True
+) -> Lowered:
     """Write the graph a TensorRT with our plugin builds, and its weights in tile order beside it.
 
     Linears that the kernels cannot run are lowered as in `lower_for_tensorrt`; the result says which and why.
@@ -140,12 +138,15 @@ def lower_for_plugin(w4a8: Path, lowered: Path, *, fuse_projections: bool = True
     Args:
         w4a8: `model.w4a8.onnx`.
         lowered: Where the lowered graph goes; all its weights go to the data file beside it.
+        cache_length: As for `lower_for_tensorrt`.
         fuse_projections: Multiply once where several linears read one tensor.
 
     Raises:
         PrecisionError: The graph would run another precision than it says.
     """
     model = load_graph(w4a8)
+    if cache_length is not None:
+        FixCacheLength(cache_length)(model)
     fuse, to_plugin = FuseProjections(), LowerToPlugin()
     if fuse_projections:
         fuse(model)
