@@ -34,7 +34,9 @@ class LastTokenLogits(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert the slice."""
-        (logits,) = (value for value in model.graph.outputs if value.name == _LOGITS)
+        logits = next((value for value in model.graph.outputs if value.name == _LOGITS), None)
+        if logits is None:
+            raise UserError("--logits last", "this model gives no logits", "leave the option out")
         head, after = _head(logits)
         x = head.inputs[0]
         if x is None or x.shape is None or len(x.shape) != 3:

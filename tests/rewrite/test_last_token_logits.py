@@ -108,6 +108,16 @@ def test_a_head_that_is_not_understood_is_refused(body: str, cause: str) -> None
     assert [node.op_type for node in model.graph] == before
 
 
+def test_a_model_without_logits_is_refused() -> None:
+    """An encoder gives hidden states: it has no head to take the last token for."""
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> encoder (float[batch,sequence,4] x) => '
+        "(float[batch,sequence,4] last_hidden_state) { last_hidden_state = Relu(x) }"
+    )
+    with pytest.raises(UserError, match="gives no logits"):
+        LastTokenLogits()(model)
+
+
 def test_a_quantized_head_gives_the_same_last_token(
     llama_precisions: Rewritten, ids: NDArray[np.int64], tmp_path: Path
 ) -> None:
