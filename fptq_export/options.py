@@ -30,6 +30,10 @@ class RunOptions(BaseModel):
     """What the model is exported as; `auto` takes what its config says."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Type of everything that is not quantized."""
+    logits: Literal["all", "last"] = "all"
+    """Tokens of a call that the graph gives logits for: every one, or the last one."""
+    kv_cache: Literal["concat", "static"] = "concat"
+    """A KV cache that grows with every call, or one of fixed length that is written in place."""
     rotate: bool = False
     """Rotate the residual stream by a Hadamard matrix, fused into the weights, before anything else."""
     policy: str = "paper"

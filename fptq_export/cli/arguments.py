@@ -106,6 +106,7 @@ def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("-m", "--model", dest="model", metavar="MODEL", help="the same")
         parser.add_argument("-o", "--output", metavar="DIR", help="directory for every file [NAME-w4a8]")
     _add_model_options(parser)
+    _add_graph_options(parser)
     _add_calibration_options(parser)
     _add_policy_options(parser)
     _add_verify_options(parser)
@@ -127,6 +128,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument(
         "--keep", action=argparse.BooleanOptionalAction, help="keep model.onnx and model.qdq.onnx after the run [keep]"
+    )
+
+
+def _add_graph_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("graph")
+    group.add_argument("--logits", metavar="TOKENS", help="all, or last: logits of the last token of a call only [all]")
+    group.add_argument(
+        "--kv-cache",
+        metavar="FORM",
+        help="concat, or static: a cache of fixed length, written at an index, and one Attention a layer [concat]",
     )
 
 

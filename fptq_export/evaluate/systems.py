@@ -134,7 +134,8 @@ def opened_system(source: Source, system: System) -> Iterator[LogitsModel]:
     try:
         if system == "onnx":
             (graph, _) = source.files(system)
-            yield SessionModel(OnnxCausalSession(graph, threads=None, name=system), source.vocab_size)
+            session = OnnxCausalSession(graph, threads=None, name=system, all_logits=True)
+            yield SessionModel(session, source.vocab_size)
         else:
             yield SessionModel(TorchCausalSession(_torch_model(source, system), system), source.vocab_size)
     finally:

@@ -41,12 +41,13 @@ def build(
     check_signed_scales(policy, options)
     int4 = {path: layer for path, layer in policy.quantized().items() if layer.precision != "w8a8"}
     int8 = {path: layer for path, layer in policy.quantized().items() if layer.precision == "w8a8"}
-    profile = _profile(directory.w4a8, read_sites(directory.sites), options)
     libraries = plugin_libraries(options, target)
     # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.
     with tempfile.TemporaryDirectory(dir=directory.path, prefix=".lowered", suffix=PARTIAL_SUFFIX) as scratch:
         graph = Path(scratch) / "lowered.onnx"
-        lowered = _lower(directory.w4a8, graph, options) if libraries else _lower_natively(directory.w4a8, graph)
+        lower = _lower if libraries else _lower_natively
+        lowered = lower(directory.w4a8, graph, options)
+        profile = _profile(graph, read_sites(directory.sites), options)
         request = BuildRequest(
             onnx_path=graph,
             weights_dir=graph.parent if libraries else directory.path,
@@ -82,12 +83,17 @@ def build(
 
 
 def _lower(w4a8: Path, graph: Path, options: RunOptions) -> Lowered:
-    return lower_for_plugin(w4a8, graph, fuse_projections=options.fuse_projections)
+    return lower_for_plugin(w4a8, graph, _cache_length(options), fuse_projections=options.fuse_projections)
 
 
-def _lower_natively(w4a8: Path, graph: Path) -> Lowered:
-    lower_for_tensorrt(w4a8, graph)
+def _lower_natively(w4a8: Path, graph: Path, options: RunOptions) -> Lowered:
+    lower_for_tensorrt(w4a8, graph, _cache_length(options))
     return Lowered()
+
+
+def _cache_length(options: RunOptions) -> int:
+    """Slots of a static cache: as many tokens as the growing cache may have after a call."""
+    return options.max_kv_len + options.max_input_len
 
 
 def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str, int]:

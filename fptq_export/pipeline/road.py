@@ -229,17 +229,19 @@ class _Road:
         self._runner.run(policy_stage(self._options, self._dir, inputs, self._progress))
 
     def _rewrite(self) -> None:
-        from fptq_export.rewrite import RewritePaths, rewrite
+        from fptq_export.rewrite import GraphForm, RewritePaths, rewrite
 
         paths = RewritePaths(self._dir.model, self._dir.qdq, self._dir.w4a8)
 
-        def run() -> None:
+        def run() -> Mapping[str, Any]:
             arrays = PolicyArrays(arrays_path(self._dir.policy))
-            rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress)
+            form = GraphForm(logits=self._options.logits, kv_cache=self._options.kv_cache)
+            return rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress, form)
 
         inputs = (self._dir.model, data_path(self._dir.model), self._dir.sites)
         policy = (self._dir.policy, arrays_path(self._dir.policy))
-        self._stage("rewrite", {}, (*inputs, *policy), (self._dir.qdq, self._dir.w4a8, data_path(self._dir.w4a8)), run)
+        outputs = (self._dir.qdq, self._dir.w4a8, data_path(self._dir.w4a8))
+        self._stage("rewrite", self._option_parts("logits", "kv_cache"), (*inputs, *policy), outputs, run)
 
     def _verify(self) -> None:
         from fptq_export.pipeline.encoder_verification import verify_encoder

@@ -35,6 +35,7 @@ def _result_table(manifest: Manifest) -> Table:
     table.add_column("value", justify="right")
     for label, value in (
         *_policy_rows(manifest),
+        *_form_rows(manifest),
         *_size_rows(manifest),
         *_accuracy_rows(manifest),
         *_engine_rows(manifest),
@@ -66,6 +67,18 @@ def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     if (effective := record.summary.get("effective_bits")) is not None:
         rows.append(("bits per weight of all linears, 16 where float", f"{effective:.3f}"))
     return rows
+
+
+def _form_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """Of a static cache: how many attentions are one operator, and why the others are not."""
+    record = manifest.stages.get("rewrite")
+    fused = record.summary.get("fused") if record is not None else None
+    if record is None or fused is None:
+        return []
+    left = record.summary["attention_left_alone"]
+    reasons = "; ".join(dict.fromkeys(left.values()))
+    text = f"{fused['Attention']}, {len(left)} as traced: {reasons}" if left else str(fused["Attention"])
+    return [("static KV cache, layers with one Attention", text)]
 
 
 def _size_rows(manifest: Manifest) -> list[tuple[str, str]]:

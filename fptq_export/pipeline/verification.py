@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from calib.batches import held_out_windows
 from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from calib.session import TorchCausalSession
 from fptq_export.options import RunOptions
 from fptq_export.progress import Progress
+from fptq_export.verify.all_logits import gives_last_only
 from fptq_export.verify.compare import PROMPT_TOKENS, compare_sessions
 from fptq_export.verify.decode import CacheBound
 from fptq_export.verify.encoder_report import EncoderReport, gate_cosine, report_from_file
+from fptq_export.verify.last_token import last_token_figures, last_token_rows
 from fptq_export.verify.polygraphy_diff import diff_sessions
-from fptq_export.verify.report import VerifyReport, gate, gate_cache
+from fptq_export.verify.report import LastTokenFigures, VerifyReport, gate, gate_cache, gate_last_token
 from fptq_export.verify.sessions import OnnxCausalSession
 
 __all__ = ["check_gates", "verify"]
 
 
 def verify(checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Progress) -> VerifyReport:
-    """Compare the quantized graph with the FP32 model on held-out text."""
+    """Compare the quantized graph with the FP32 model on held-out text.
+
+    A graph that gives the logits of the last token only is compared in the form that gives all of them, and the file
+    itself with that form.
+    """
     windows = held_out_windows(tokenizer_from_checkpoint(checkpoint), options.eval_windows, options.eval_seq)
+    last = _last_token_figures(w4a8, windows[0], options) if gives_last_only(w4a8) else None
     reference = TorchCausalSession(model_from_checkpoint(checkpoint, torch.float32), "torch fp32")
-    candidate = OnnxCausalSession(w4a8, threads=None, name=w4a8.name)
+    candidate = OnnxCausalSession(w4a8, threads=None, name=w4a8.name, all_logits=True)
     report = compare_sessions(
         reference,
         candidate,
@@ -34,14 +43,27 @@ def verify(checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Pr
         progress,
         cache_bound=CacheBound(rounding="int8", layers=candidate.layers),
     )
-    return report.model_copy(update={"polygraphy": diff_sessions(reference, candidate, windows[0, :PROMPT_TOKENS])})
+    polygraphy = diff_sessions(reference, candidate, windows[0, :PROMPT_TOKENS])
+    return report.model_copy(update={"polygraphy": polygraphy, "last_token": last})
+
+
+def _last_token_figures(w4a8: Path, window: NDArray[np.int64], options: RunOptions) -> LastTokenFigures:
+    """The file against its form that gives all logits, one in memory at a time."""
+    prompt = max(1, min(PROMPT_TOKENS, len(window) - options.decode_steps))
+    text = window[: prompt + options.decode_steps]
+    last, every = (
+        last_token_rows(OnnxCausalSession(w4a8, threads=None, all_logits=all_logits), text, prompt)
+        for all_logits in (False, True)
+    )
+    return last_token_figures(last, every, options.dtype)
 
 
 def check_gates(verify_path: Path, options: RunOptions) -> None:
-    """Raises GateError when the graph's cache is wrong, its perplexity too high or its embeddings too far off."""
+    """Raises GateError for a wrong cache or last token, too high a perplexity, or embeddings that are too far off."""
     report = report_from_file(verify_path)
     if isinstance(report, EncoderReport):
         gate_cosine(report, options.min_cosine)
         return
+    gate_last_token(report)
     gate_cache(report)
     gate(report, options.max_ppl_increase)

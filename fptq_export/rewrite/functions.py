@@ -38,6 +38,8 @@ __all__ = [
 
 DOMAIN = "fptq"
 _DOMAIN_VERSION = 1
+_OPSET = 21
+"""Of a body before it is registered."""
 W4A8_STATIC = "FptqW4A8GemmStatic"
 W4A8_PER_TOKEN = "FptqW4A8GemmPerToken"
 PER_TOKEN_QDQ = "FptqQuantizeDequantizePerToken"
@@ -56,7 +58,11 @@ FRACTION = np.float32(2.0**-7)
 
 
 def register_function(model: ir.Model, function: ir.Function) -> None:
-    """Add a function and the import of its domain to a model; one of that name that is there already stays."""
+    """Add a function and the import of its domain to a model; one of that name that is there already stays.
+
+    The body imports the opset of the model, which `onnx.checker` asks for; its operators mean the same from 21 to 24.
+    """
+    function.opset_imports[""] = model.graph.opset_imports[""]
     model.functions.setdefault(function.identifier(), function)
     model.graph.opset_imports[DOMAIN] = _DOMAIN_VERSION
 
@@ -185,5 +191,5 @@ def _function(
     name: str, inputs: list[ir.Value], output: ir.Value, tape: Tape, attributes: dict[str, ir.Attr]
 ) -> ir.Function:
     output.name = "y"
-    graph = ir.Graph(inputs, [output], nodes=tape.nodes, opset_imports={"": 21}, name=name)
+    graph = ir.Graph(inputs, [output], nodes=tape.nodes, opset_imports={"": _OPSET}, name=name)
     return ir.Function(DOMAIN, name, graph=graph, attributes=attributes)

@@ -86,7 +86,7 @@ class InsertQdq(ir.passes.InPlacePass):
         quantized = self._policy.quantized()
         linears = {linear.node: linear for linear in self._sites.linears if linear.path in quantized}
         names = UniqueNames(model)
-        activations: dict[tuple[str, float | None, bool], _Activation] = {}
+        activations: dict[tuple[ir.Value | None, float | None, bool], _Activation] = {}
         # In the order of the graph, so that a shared activation is quantized before its first reader.
         for node in list(model.graph):
             linear = linears.get(node.name or "")
@@ -96,7 +96,8 @@ class InsertQdq(ir.passes.InPlacePass):
             self._quantize_weight(model, node, linear, layer, names)
             if layer.activation is None:
                 continue
-            key = (linear.input, layer.activation_scale, _has_factor(layer))
+            # By what the node reads, which is not what its site names where the head takes the last token only.
+            key = (node.inputs[0], layer.activation_scale, _has_factor(layer))
             if key not in activations:
                 activations[key] = _quantized_activation(model, node, layer, linear.path, names)
             node.replace_input_with(0, activations[key].value)

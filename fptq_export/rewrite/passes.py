@@ -1,13 +1,16 @@
 """The ordered list of rewrites, and why this order.
 
-1. `FoldEqualization` first: it changes float weights, which exist only before quantization.
-2. `InsertQdq`: the standard form, `model.qdq.onnx`.
-3. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
-4. Per target, at build time, on a copy that is never written beside the others. Where the plugin is used:
-   `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
+1. What the caller of the graph sees, where it is asked for (`graph_form`): `LastTokenLogits`, `StaticCache` and the
+   fusions that go with it. First, so that all that follows is checked against the inputs and outputs that remain; after
+   the sites were found, which look for the arithmetic that is fused here.
+2. `FoldEqualization`: it changes float weights, which exist only before quantization.
+3. `InsertQdq`: the standard form, `model.qdq.onnx`.
+4. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
+5. Per target, at build time, on a copy that is never written beside the others: `FixCacheLength`. Where the plugin is
+   used: `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
    `LowerToNative` for every linear that is still portable, then `LintPrecision`.
 
-`CheckInvariants` runs after 2 and 3.
+`CheckInvariants` runs after 3 and 4.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -24,16 +28,18 @@ from fptq_export.graph_io import data_path, load_graph, save_graph, write_weight
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import Progress
 from fptq_export.rewrite.check_invariants import CheckInvariants, interface_from_graph
+from fptq_export.rewrite.fix_cache_length import FixCacheLength
 from fptq_export.rewrite.fold_equalization import FoldEqualization
 from fptq_export.rewrite.fuse_projections import FuseProjections
 from fptq_export.rewrite.fuse_w4a8_linears import FuseW4A8Linears
+from fptq_export.rewrite.graph_form import GraphForm, bring_into_form
 from fptq_export.rewrite.insert_qdq import InsertQdq
 from fptq_export.rewrite.lint_precision import LintPrecision
 from fptq_export.rewrite.lower_to_native import LowerToNative
 from fptq_export.rewrite.lower_to_plugin import LowerToPlugin
 from fptq_export.sites import Sites
 
-__all__ = ["Lowered", "RewritePaths", "lower_for_plugin", "lower_for_tensorrt", "rewrite"]
+__all__ = ["GraphForm", "Lowered", "RewritePaths", "lower_for_plugin", "lower_for_tensorrt", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,14 @@ class Lowered:
     """Torch path -> why the plugin does not run it."""
 
 
-def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArrays, progress: Progress) -> None:
+def rewrite(
+    paths: RewritePaths,
+    sites: Sites,
+    policy: Policy,
+    arrays: PolicyArrays,
+    progress: Progress,
+    form: GraphForm | None = None,
+) -> dict[str, Any]:
     """Write the Q/DQ form and the fused form of a graph.
 
     Args:
@@ -66,12 +79,17 @@ def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArr
         policy: What each linear runs.
         arrays: Codes, scales and equalizations.
         progress: Where to report.
+        form: What the caller of the two forms sees; as traced where it is None.
+
+    Returns:
+        For the summary of the stage: what the form changed, see `bring_into_form`.
 
     Raises:
-        UserError: A fold overflows the graph's type.
+        UserError: A fold overflows the graph's type, or the graph cannot be brought into the form.
         PrecisionError: A rewrite broke an invariant.
     """
     model = load_graph(paths.model)
+    brought = bring_into_form(model, form if form is not None else GraphForm())
     check = CheckInvariants(interface_from_graph(model), sites, policy)
     equalization = {
         site: arrays.read(f"{site}.equalization", (sites.site(site).channels,)) for site in policy.equalized_sites()
@@ -87,26 +105,32 @@ def rewrite(paths: RewritePaths, sites: Sites, policy: Policy, arrays: PolicyArr
     save_graph(model, paths.w4a8)
     for path in (paths.qdq, paths.w4a8):
         onnx.checker.check_model(str(path))
+    return brought
 
 
-def lower_for_tensorrt(w4a8: Path, lowered: Path) -> None:
+def lower_for_tensorrt(w4a8: Path, lowered: Path, cache_length: int | None = None) -> None:
     """Write the graph a TensorRT without our plugin can build; its weights stay in the data file of `w4a8`.
 
     Args:
         w4a8: `model.w4a8.onnx`.
         lowered: Where the lowered graph goes. External data locations stay relative to the directory of `w4a8`.
+        cache_length: Slots of a static KV cache; None leaves them open, which TensorRT refuses.
 
     Raises:
         PrecisionError: The graph would run another precision than it says.
     """
     model = load_graph(w4a8)
+    if cache_length is not None:
+        FixCacheLength(cache_length)(model)
     LowerToNative()(model)
     LintPrecision()(model)
     with atomic_path(lowered) as partial:
         onnx.save(ir.to_proto(model), str(partial), format="protobuf")
 
 
-def lower_for_plugin(w4a8: Path, lowered: Path, *, fuse_projections: bool = True) -> Lowered:
+def lower_for_plugin(
+    w4a8: Path, lowered: Path, cache_length: int | None = None, *, fuse_projections: bool = True
+) -> Lowered:
     """Write the graph a TensorRT with our plugin builds, and its weights in tile order beside it.
 
     Linears that the kernels cannot run are lowered as in `lower_for_tensorrt`; the result says which and why.
@@ -114,12 +138,15 @@ def lower_for_plugin(w4a8: Path, lowered: Path, *, fuse_projections: bool = True
     Args:
         w4a8: `model.w4a8.onnx`.
         lowered: Where the lowered graph goes; all its weights go to the data file beside it.
+        cache_length: As for `lower_for_tensorrt`.
         fuse_projections: Multiply once where several linears read one tensor.
 
     Raises:
         PrecisionError: The graph would run another precision than it says.
     """
     model = load_graph(w4a8)
+    if cache_length is not None:
+        FixCacheLength(cache_length)(model)
     fuse, to_plugin = FuseProjections(), LowerToPlugin()
     if fuse_projections:
         fuse(model)

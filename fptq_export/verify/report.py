@@ -15,12 +15,14 @@ __all__ = [
     "VERIFY_SCHEMA_VERSION",
     "CacheFigures",
     "DecodeFigures",
+    "LastTokenFigures",
     "LogitFigures",
     "PolygraphyFigures",
     "Rounding",
     "VerifyReport",
     "gate",
     "gate_cache",
+    "gate_last_token",
     "ratio_from_option",
 ]
 
@@ -92,6 +94,26 @@ class CacheFigures(_Model):
     """max_abs_diff <= bound."""
 
 
+class LastTokenFigures(_Model):
+    """Logits of a graph that gives those of the last token only, against its form that gives all of them.
+
+    All other figures are measured on that form: it is the same file with one slice bypassed.
+    """
+
+    calls: PositiveInt
+    """A prompt, and one call a token after it."""
+    max_abs_diff: float = Field(ge=0.0)
+    """Largest difference over calls and vocabulary."""
+    logit_absmax: float = Field(ge=0.0)
+    """Largest |logit| of the form that gives all."""
+    rounding: Rounding
+    """Of the graph's floating-point type."""
+    bound: float = Field(ge=0.0)
+    """2 sqrt(2) x step x logit_absmax; derivation: `fptq_export.verify.last_token.last_token_figures`."""
+    within_bound: bool
+    """max_abs_diff <= bound."""
+
+
 class PolygraphyFigures(_Model):
     """What Polygraphy's comparison functions say of the two sessions' `logits` on one window."""
 
@@ -129,6 +151,8 @@ class VerifyReport(_Model):
     decode: DecodeFigures
     cache: CacheFigures
     """The candidate's."""
+    last_token: LastTokenFigures | None = None
+    """Null where the candidate gives the logits of every token itself."""
     polygraphy: PolygraphyFigures | None = None
     """Null when the diff was not run."""
 
@@ -168,6 +192,22 @@ def gate_cache(report: VerifyReport) -> None:
         f"{report.candidate}: {cache.steps} decode steps differ by up to {cache.max_abs_diff:.4g} from a prefill "
         f"over the same text; rounding ({cache.rounding}, {cache.layers} layers) explains at most {cache.bound:.4g}"
         f"\n  -> the KV cache of this graph is not carried correctly: export the model again"
+    )
+
+
+def gate_last_token(report: VerifyReport) -> None:
+    """Refuse a graph whose last-token logits are not those of the form that was measured.
+
+    Raises:
+        GateError: The largest difference is above the bound; names both.
+    """
+    last = report.last_token
+    if last is None or last.within_bound:
+        return
+    raise GateError(
+        f"{report.candidate}: the logits of {last.calls} calls differ by up to {last.max_abs_diff:.4g} from those of "
+        f"the form that gives every token; rounding ({last.rounding}) explains at most {last.bound:.4g}"
+        f"\n  -> the head of this graph reads another token than the last: use --logits all"
     )
 
 

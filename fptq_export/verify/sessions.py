@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from fptq_export.errors import Problem, UserError, UserErrors
+from fptq_export.verify.all_logits import gives_last_only, graph_with_all_logits
+from fptq_export.verify.ort_values import (
+    DTYPE_FROM_ORT_TYPE,
+    array_from_ort_value,
+    float32_from_ort_value,
+    ort_value_from_array,
+)
 
 __all__ = [
     "ORT_ERRORS",
@@ -37,17 +41,13 @@ _OPTIMIZATION_LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_DTYPE_FROM_ORT_TYPE: Mapping[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": _BFLOAT16,
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int32)": np.dtype(np.int32),
-}
 _INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _IDS_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_WRITE_INDICES = "write_indices"
+"""Input of graphs with a static cache: slots of each sequence that are filled before the call."""
+_SLOTS = 64
+"""A static cache of open length grows by so many slots at a time."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 _FLOAT32_ACCURACY = "1"
@@ -79,7 +79,8 @@ class OnnxCache:
     """Keys and values as ONNX Runtime returned them, by the name of the input they go back into."""
 
     values: Mapping[str, Any]
-    """`past_key_values.N.key` -> OrtValue [B, H, length, D], in the dtype of the graph; not copied."""
+    """`past_key_values.N.key` -> OrtValue [B, H, length, D], in the dtype of the graph; not copied. A static cache is
+    [B, H, slots, D] with slots >= length."""
     length: int
     """Tokens in the cache."""
 
@@ -89,6 +90,8 @@ class _PastInput:
     dtype: np.dtype[Any]
     heads: int
     head_size: int
+    slots: int | None
+    """Length of a static cache, where the graph fixes it."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,26 @@ class _Signature:
     past: Mapping[str, _PastInput]
     past_from_present: Mapping[str, str]
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the cache is written in place."""
+        return _WRITE_INDICES in self.ids
+
+    @property
+    def fixed_slots(self) -> int | None:
+        """Length of a static cache, where the graph fixes it."""
+        return next(iter(self.past.values())).slots
+
 
 class OnnxCausalSession:
     """ONNX Runtime (CPU) on a causal language model with a KV cache.
 
     Inputs of the graph: `input_ids` [B, S], `attention_mask` [B, past+S], `position_ids` [B, S] and, for each layer N,
-    `past_key_values.N.key` and `.value` [B, H, past, D], where past may be 0. Outputs: `logits` [B, S, V] and
-    `present.N.key` and `.value`. Dtypes, heads and head sizes are those of the graph; weights may be external data.
+    `past_key_values.N.key` and `.value` [B, H, past, D], where past may be 0. Outputs: `logits` [B, S, V], or [B, 1, V]
+    for the last token, and `present.N.key` and `.value`. A static cache is [B, H, slots, D] before and after, the mask
+    [B, slots], and `write_indices` [B] says how many slots are filled; where slots are a dynamic dimension, the session
+    gives the cache more of them when they are used up. Dtypes, heads and head sizes are those of the graph; weights
+    may be external data.
 
     Args:
         path: The ONNX file.
@@ -111,6 +127,8 @@ class OnnxCausalSession:
         name: What reports call it; the file name by default.
         optimization: Graph optimization level. `all` is ONNX Runtime's default, and halves the time of a decode step
             on FP16 graphs: the weights are widened to FP32 once, and not at every call.
+        all_logits: Run the form of the graph that gives the logits of every token, where the file gives those of the
+            last one (`all_logits`).
 
     Raises:
         UserError: The file is missing, is not a graph ONNX Runtime can run, or its inputs and outputs are not those
@@ -118,11 +136,18 @@ class OnnxCausalSession:
     """
 
     def __init__(
-        self, path: Path, *, threads: int | None, name: str | None = None, optimization: GraphOptimization = "all"
+        self,
+        path: Path,
+        *,
+        threads: int | None,
+        name: str | None = None,
+        optimization: GraphOptimization = "all",
+        all_logits: bool = False,
     ) -> None:
         self.name = path.name if name is None else name
         self._path = path
-        self._session = session_from_path(path, threads, optimization)
+        graph = graph_with_all_logits(path) if all_logits and gives_last_only(path) else None
+        self._session = session_from_path(path, threads, optimization, graph)
         self._signature = _signature_from_session(path, self._session)
         self._outputs = ["logits", *self._signature.past_from_present]
 
@@ -132,41 +157,58 @@ class OnnxCausalSession:
         return len(self._signature.past) // 2
 
     def prefill_feed(self, input_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Every input of the graph for a prompt without padding, in the graph's dtypes; the past has length 0."""
-        batch = input_ids.shape[0]
-        feed = self._ids_feed(input_ids, past_length=0)
+        """Every input of the graph for a prompt without padding, in the graph's dtypes; the past has no tokens.
+
+        Raises:
+            UserError: The graph's cache is shorter than the prompt.
+        """
+        batch, length = input_ids.shape
+        slots = self._slots_for(length) if self._signature.is_static else 0
+        feed = self._ids_feed(input_ids, 0, slots)
         for name, past in self._signature.past.items():
-            feed[name] = np.zeros((batch, past.heads, 0, past.head_size), past.dtype)
+            feed[name] = np.zeros((batch, past.heads, slots, past.head_size), past.dtype)
         return feed
 
     def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], OnnxCache]:
         """Run a prompt without padding: [B, S] -> logits [B, S, V], cache of S tokens.
 
         Raises:
-            UserError: ONNX Runtime cannot run the graph on these tokens.
+            UserError: ONNX Runtime cannot run the graph on these tokens, or its cache is too short for them.
         """
-        feed = {name: _ort_value_from_array(array) for name, array in self.prefill_feed(input_ids).items()}
+        feed = {name: ort_value_from_array(array) for name, array in self.prefill_feed(input_ids).items()}
         return self._run(feed, input_ids.shape[1])
 
     def decode(self, input_ids: NDArray[np.int64], cache: OnnxCache) -> tuple[NDArray[np.float32], OnnxCache]:
         """Run the next token(s): [B, S], cache -> logits [B, S, V], a new cache; the given one stays as it is.
 
         Raises:
-            UserError: ONNX Runtime cannot run the graph on these tokens.
+            UserError: ONNX Runtime cannot run the graph on these tokens, or its cache is too short for them.
         """
-        ids_feed = self._ids_feed(input_ids, cache.length)
-        feed = {name: _ort_value_from_array(array) for name, array in ids_feed.items()}
-        return self._run({**feed, **cache.values}, cache.length + input_ids.shape[1])
+        length = cache.length + input_ids.shape[1]
+        slots = self._slots_for(length) if self._signature.is_static else 0
+        past = {name: _with_slots(value, slots) for name, value in cache.values.items()} if slots else cache.values
+        ids_feed = self._ids_feed(input_ids, cache.length, slots)
+        feed = {name: ort_value_from_array(array) for name, array in ids_feed.items()}
+        return self._run({**feed, **past}, length)
 
-    def _ids_feed(self, input_ids: NDArray[np.int64], past_length: int) -> dict[str, NDArray[Any]]:
+    def _slots_for(self, length: int) -> int:
+        """Length of a static cache for so many tokens."""
+        fixed = self._signature.fixed_slots
+        if fixed is not None and length > fixed:
+            cause = f"its KV cache has {fixed} slots, and {length} tokens are asked of it"
+            raise UserError(str(self._path), cause, "give it fewer tokens, or a graph with a longer cache")
+        return fixed if fixed is not None else -(-length // _SLOTS) * _SLOTS
+
+    def _ids_feed(self, input_ids: NDArray[np.int64], past_length: int, slots: int) -> dict[str, NDArray[Any]]:
         batch, length = input_ids.shape
         positions = np.broadcast_to(np.arange(past_length, past_length + length), (batch, length))
         arrays = {
             "input_ids": input_ids,
-            "attention_mask": np.ones((batch, past_length + length)),
+            "attention_mask": np.ones((batch, slots or past_length + length)),
             "position_ids": positions,
+            _WRITE_INDICES: np.full(batch, past_length),
         }
-        return {name: np.ascontiguousarray(array, self._signature.ids[name]) for name, array in arrays.items()}
+        return {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._signature.ids.items()}
 
     def _run(self, feed: Mapping[str, Any], length: int) -> tuple[NDArray[np.float32], OnnxCache]:
         try:
@@ -178,11 +220,17 @@ class OnnxCausalSession:
                 "check that the tokens come from this model's tokenizer, and export the model again",
             ) from error
         past_names = self._signature.past_from_present.values()
-        return _float32_from_ort_value(logits), OnnxCache(dict(zip(past_names, presents, strict=True)), length)
+        return float32_from_ort_value(logits), OnnxCache(dict(zip(past_names, presents, strict=True)), length)
 
 
-def session_from_path(path: Path, threads: int | None, optimization: GraphOptimization) -> Any:
-    """A session of ONNX Runtime. Raises UserError where it cannot open the file."""
+def session_from_path(
+    path: Path, threads: int | None, optimization: GraphOptimization, graph: bytes | None = None
+) -> Any:
+    """A session of a file, or of a graph whose weights lie beside that file.
+
+    Raises:
+        UserError: ONNX Runtime cannot open it.
+    """
     if not path.is_file():
         raise UserError(str(path), "no such file", "run the stage that writes it first")
     options = ort.SessionOptions()
@@ -192,10 +240,12 @@ def session_from_path(path: Path, threads: int | None, optimization: GraphOptimi
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The default, 4, quantizes the activations of every block-INT4 MatMul once more, in blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACCURACY)
+    # Read only where the graph comes as bytes: a file is its own place.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path) if graph is None else graph, options, providers=["CPUExecutionProvider"])
     except ort_errors.NotImplemented as error:
         raise UserError(
             str(path),
@@ -210,6 +260,16 @@ def session_from_path(path: Path, threads: int | None, optimization: GraphOptimi
         ) from error
 
 
+def _with_slots(value: Any, slots: int) -> Any:
+    """A static cache with at least so many slots; the same one where it has them."""
+    batch, heads, found, size = value.shape()
+    if found >= slots:
+        return value
+    longer = np.zeros((batch, heads, slots, size), DTYPE_FROM_ORT_TYPE[value.data_type()])
+    longer[:, :, :found] = array_from_ort_value(value)
+    return ort_value_from_array(longer)
+
+
 def _signature_from_session(path: Path, session: Any) -> _Signature:
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
@@ -220,21 +280,23 @@ def _signature_from_session(path: Path, session: Any) -> _Signature:
     pairs = {
         f"present.{layer}.{kind}": f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")
     }
+    ids = (*_IDS_INPUTS, *([_WRITE_INDICES] if _WRITE_INDICES in inputs else []))
     problems = [
-        *_type_problems("input", _IDS_INPUTS, inputs, _INTEGER_TYPES),
+        *_type_problems("input", ids, inputs, _INTEGER_TYPES),
         *_type_problems("input", pairs.values(), inputs, _FLOAT_TYPES),
         *_shape_problems(pairs.values(), inputs),
         *_type_problems("output", ("logits", *pairs), outputs, _FLOAT_TYPES),
-        *(Problem(name, "input that nothing fills") for name in inputs.keys() - {*_IDS_INPUTS, *pairs.values()}),
+        *(Problem(name, "input that nothing fills") for name in inputs.keys() - {*ids, *pairs.values()}),
     ]
     if problems:
         hint = "export it as a causal language model with a KV cache: fptq-export trace does"
         raise UserErrors(str(path), problems, hint)
-    past = {
-        name: _PastInput(_DTYPE_FROM_ORT_TYPE[inputs[name].type], inputs[name].shape[1], inputs[name].shape[3])
-        for name in pairs.values()
-    }
-    return _Signature({name: _DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in _IDS_INPUTS}, past, pairs)
+    past = {}
+    for name in pairs.values():
+        _, heads, slots, head_size = inputs[name].shape
+        fixed = slots if isinstance(slots, int) and _WRITE_INDICES in inputs else None
+        past[name] = _PastInput(DTYPE_FROM_ORT_TYPE[inputs[name].type], heads, head_size, fixed)
+    return _Signature({name: DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in ids}, past, pairs)
 
 
 def _type_problems(kind: str, names: Any, found: Mapping[str, Any], types: tuple[str, ...]) -> list[Problem]:
@@ -256,19 +318,6 @@ def _shape_problems(names: Any, inputs: Mapping[str, Any]) -> list[Problem]:
                 Problem(name, f"shape {shape} is not [batch, heads, past, head size], the 2nd and 4th fixed")
             )
     return problems
-
-
-def _ort_value_from_array(array: NDArray[Any]) -> Any:
-    if array.dtype == _BFLOAT16:  # NumPy has no such type, so ONNX Runtime takes the bits
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _float32_from_ort_value(value: Any) -> NDArray[np.float32]:
-    """Copy once, straight from the memory of ONNX Runtime: OrtValue.numpy() copies before a cast could."""
-    memory = (ctypes.c_byte * value.tensor_size_in_bytes()).from_address(value.data_ptr())
-    array = np.frombuffer(memory, dtype=_DTYPE_FROM_ORT_TYPE[value.data_type()])
-    return array.reshape(value.shape()).astype(np.float32)
 
 
 def first_line(error: Exception) -> str:

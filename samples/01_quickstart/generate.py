@@ -1,4 +1,7 @@
-"""Greedy generation with the portable W4A8 graph in stock ONNX Runtime: `python generate.py RUN_DIRECTORY PROMPT`."""
+"""Greedy generation with the portable W4A8 graph in stock ONNX Runtime: `python generate.py RUN_DIRECTORY PROMPT`.
+
+Both forms of the KV cache: one that grows with every call, and one of fixed length that is written at `write_indices`.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,21 @@ def main(directory: Path, prompt: str) -> None:
     options = onnxruntime.SessionOptions()
     # The default quantizes the activations of INT4 MatMuls once more; 1 runs them as the policy says.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.log_severity_level = 3  # it warns that a static cache is copied at every call
     session = onnxruntime.InferenceSession(str(directory / "model.w4a8.onnx"), options)
     past_inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
-    past = [np.zeros((1, value.shape[1], 0, value.shape[3]), np.float16) for value in past_inputs]
     ids = tokenizer.encode(prompt).ids
+    static = any(value.name == "write_indices" for value in session.get_inputs())
+    slots = len(ids) + NEW_TOKENS if static else 0
+    past = [np.zeros((1, value.shape[1], slots, value.shape[3]), np.float16) for value in past_inputs]
     step = ids
     for _ in range(NEW_TOKENS):
+        filled = len(ids) - len(step)
         feed = {
             "input_ids": np.array([step], np.int64),
-            "attention_mask": np.ones((1, len(ids)), np.int64),
-            "position_ids": np.arange(len(ids) - len(step), len(ids), dtype=np.int64)[None],
+            "attention_mask": np.ones((1, slots or len(ids)), np.int64),
+            "position_ids": np.arange(filled, len(ids), dtype=np.int64)[None],
+            **({"write_indices": np.array([filled], np.int64)} if static else {}),
             **{value.name: tensor for value, tensor in zip(past_inputs, past, strict=True)},
         }
         logits, *past = session.run(None, feed)

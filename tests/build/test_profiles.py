@@ -28,6 +28,14 @@ DECODER = (
     GraphInput("past_key_values.0.key", ("batch", 3, "past", 64)),
     GraphInput("past_key_values.0.value", ("batch", 3, "past", 64)),
 )
+STATIC = (
+    *DECODER[:1],
+    GraphInput("attention_mask", ("batch", 1152)),
+    *DECODER[2:3],
+    GraphInput("write_indices", ("batch",)),
+    GraphInput("past_key_values.0.key", ("batch", 3, 1152, 64)),
+)
+"""Of a cache with a slot for every token of the limits below."""
 ENCODER = (
     GraphInput("input_ids", ("N", "L")),
     GraphInput("attention_mask", ("N", "L")),
@@ -54,6 +62,16 @@ def test_limits_cover_prefill_and_decode_in_one_profile() -> None:
     assert ranges["input_ids"] == ShapeRange("input_ids", (1, 1), (1, 64), (4, 128))
     cache = ranges["past_key_values.0.value"]
     assert (cache.minimum, cache.optimum, cache.maximum) == ((1, 3, 0, 64), (1, 3, 512, 64), (4, 3, 1024, 64))
+
+
+def test_a_static_cache_varies_in_its_batch_only() -> None:
+    """Its length is a number of the graph; prompt and batch keep their ranges."""
+    ranges = profile(STATIC)
+    assert ranges["input_ids"] == ShapeRange("input_ids", (1, 1), (1, 64), (4, 128))
+    assert ranges["write_indices"] == ShapeRange("write_indices", (1,), (1,), (4,))
+    cache = ranges["past_key_values.0.key"]
+    assert (cache.minimum, cache.optimum, cache.maximum) == ((1, 3, 1152, 64), (1, 3, 1152, 64), (4, 3, 1152, 64))
+    assert ranges["attention_mask"].maximum == (4, 1152)
 
 
 @pytest.mark.parametrize("end", ["minimum", "optimum", "maximum"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
@@ -21,7 +22,15 @@ from fptq_export.rewrite.functions import (
     static_qdq,
 )
 
-__all__ = ["LinearNumbers", "by_type", "constant", "int4_constant", "linear_numbers", "qdq_linear"]
+__all__ = [
+    "LinearNumbers",
+    "by_type",
+    "constant",
+    "graph_from_text",
+    "int4_constant",
+    "linear_numbers",
+    "qdq_linear",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,12 @@ def linear_numbers(in_features: int = 64, out_features: int = 8, group_size: int
     codes = rng.integers(-8, 8, (out_features, in_features)).astype(np.int8)
     scales = np.exp(rng.uniform(-6, -2, (out_features, in_features // group_size))).astype(np.float16)
     return LinearNumbers(codes, scales, np.float32(0.021), group_size)
+
+
+def graph_from_text(text: str, opset: int = 24) -> ir.Model:
+    """A graph in ONNX's text form, with the shapes of all its values."""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]> {text}')
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
 
 
 def constant(model_or_graph: ir.Model, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
