@@ -107,7 +107,7 @@ def test_a_model_without_a_linear_to_quantize_is_refused_before_calibration(
     """An unknown model calls every linear twice: the reason is given, and no statistics are collected."""
     from tests.support.unknown_architecture import UnknownConfig
 
-    model = make_model_dir(UnknownConfig("called twice"))
+    model = make_model_dir(UnknownConfig(("called twice",)))
     assert_user_error(command(model, "-o", tmp_path / "run", *SMALL), "no layer can be quantized", "calls it 2 times")
     assert not (tmp_path / "run" / "stats.safetensors").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,22 +13,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 __all__ = ["QUIRKS", "UnknownConfig", "UnknownForCausalLM"]
 
 QUIRKS = ("", "called twice", "residual after norm", "extra reader of norm", "shared weight")
-"""What a model does differently: every linear of a block is called twice; the MLP's residual starts behind its norm; a
-parameter reads the norm beside the linears; the MLPs of all blocks share one weight."""
+"""What a block does differently: every linear of it is called twice; the MLP's residual starts behind its norm; a
+parameter reads the norm beside the linears; its MLP has the first block's weight."""
 
 
 class UnknownConfig(PreTrainedConfig):
-    """Sizes, and one of `QUIRKS`."""
+    """One of `QUIRKS` for each block."""
 
     model_type = "unknown-to-all"
 
-    def __init__(self, quirk: str = "", num_hidden_layers: int = 1, hidden_size: int = 64, **kwargs: Any) -> None:
-        assert quirk in QUIRKS
-        self.quirk = quirk
-        self.num_hidden_layers = num_hidden_layers
-        self.hidden_size = hidden_size
+    def __init__(self, quirks: Sequence[str] = ("",), **kwargs: Any) -> None:
+        assert set(quirks) <= set(QUIRKS)
+        self.quirks = list(quirks)
+        self.num_hidden_layers = len(quirks)
+        self.hidden_size = 64
         self.vocab_size = 512
-        super().__init__(**{"tie_word_embeddings": False, **kwargs})
+        # transformers ties any two parameters under this name.
+        super().__init__(**{"tie_word_embeddings": "shared weight" in quirks, **kwargs})
 
 
 class _Norm(nn.Module):
@@ -45,7 +47,7 @@ class _Block(nn.Module):
     def __init__(self, config: UnknownConfig, index: int) -> None:
         super().__init__()
         size = config.hidden_size
-        self.index, self.quirk = index, config.quirk
+        self.index, self.quirk = index, config.quirks[index]
         self.norm, self.mlp_norm = _Norm(size), _Norm(size)
         self.query, self.key, self.value, self.out, self.mlp_in, self.mlp_out = (
             nn.Linear(size, size, bias=False) for _ in range(6)
@@ -94,10 +96,11 @@ class UnknownForCausalLM(PreTrainedModel):
         super().__init__(config)
         self.model = _Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.quirk == "shared weight":
-            for block in self.model.layers:
-                assert isinstance(block, _Block)
-                block.mlp_in.weight = self.model.layers[0].mlp_in.weight
+        first = "model.layers.0.mlp_in.weight"
+        shared = [index for index, quirk in enumerate(config.quirks) if quirk == "shared weight"]
+        self._tied_weights_keys = {f"model.layers.{index}.mlp_in.weight": first for index in shared}
+        for index in shared:
+            self.model.layers[index].mlp_in.weight = self.model.layers[0].mlp_in.weight
         self.post_init()  # type: ignore[no-untyped-call]  # transformers leaves it without annotations
 
     def forward(
