@@ -34,6 +34,8 @@ _SHORT_NAMES: Mapping[str, Any] = {
     "initializer_range": _SPREAD,
 }
 _QKV = "q_proj k_proj v_proj"
+_WINDOW = 8
+"""Sliding window; the tests' sequences are longer."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,34 @@ _GATED = (
     ("norm", "lm_head"),
     ("attention_value", "o_proj"),
 )
+_OFFSET = tuple((kind.replace("norm", "offset_norm"), linears) for kind, linears in _GATED)
 _ATTENTION = {"o_proj": "Reshape"}
+_GELU = {"dense": "Reshape", "dense_4h_to_h": "Gelu"}
 _LLAMA_3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_theta": 10000.0,
 }  # fmt: skip
+_GEMMA = {**_GROUPED, "head_dim": 16, "sliding_window": _WINDOW}
+_SOFT_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+"""So low that the logits of the tests reach them."""
+_BOTH_ATTENTIONS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+}  # fmt: skip
 
 FAMILIES = (
     Family("LLaMA 3", "LlamaConfig", {**_GROUPED, "rope_parameters": _LLAMA_3_ROPE}, _GATED, _ATTENTION),
+    Family("Mistral", "MistralConfig", {**_GROUPED, "sliding_window": _WINDOW}, _GATED, _ATTENTION),
+    Family("Qwen2", "Qwen2Config", _GROUPED, _GATED, _ATTENTION),
+    Family("Qwen3", "Qwen3Config", {**_GROUPED, "head_dim": 16}, _GATED, _ATTENTION),
+    Family("Gemma 2", "Gemma2Config", {**_GEMMA, **_SOFT_CAPS}, _OFFSET, _ATTENTION),
+    Family(
+        "Gemma 3",
+        "Gemma3TextConfig",
+        {**_GEMMA, **_BOTH_ATTENTIONS},
+        (*_OFFSET[:3], *_OFFSET[:4], *_OFFSET[4:] * 2),
+        _ATTENTION,
+    ),
     Family(
         "Phi-3",
         "Phi3Config",
@@ -99,13 +121,49 @@ FAMILIES = (
         {"out_proj": "Reshape", "fc2": "Relu"},
     ),
     Family(
+        "BLOOM",
+        "BloomConfig",
+        {"hidden_size": 64, **_SHORT_NAMES},
+        (("norm", "query_key_value"), ("norm", "dense_h_to_4h"), ("norm", "lm_head")),
+        {"dense": "Reshape", "dense_4h_to_h": "Mul"},
+    ),
+    Family(
         "GPT-2",
         "GPT2Config",
         _SHORT_NAMES,
         (("norm", "c_attn"), ("norm", "c_fc"), ("norm", "lm_head"), ("attention_value", "c_proj")),
         {"attn.c_proj": "Reshape", "mlp.c_proj": "Mul"},
     ),
+    Family(
+        "GPT-NeoX",
+        "GPTNeoXConfig",
+        {**_SIZES, "intermediate_size": 128},
+        (("norm", "query_key_value"), ("norm", "dense_h_to_4h"), ("norm", "lm_head")),
+        _GELU,
+    ),
+    Family(
+        "Falcon",
+        "FalconConfig",
+        {**_SIZES, "num_kv_heads": 1},
+        (("norm", "query_key_value dense_h_to_4h"), ("norm", "lm_head")),
+        _GELU,
+    ),
+    Family(
+        "Falcon, new decoder",
+        "FalconConfig",
+        {**_SIZES, "num_kv_heads": 2, "new_decoder_architecture": True},
+        (("norm", "query_key_value"), ("norm", "dense_h_to_4h"), ("norm", "lm_head")),
+        _GELU,
+    ),
     Family("StableLM", "StableLmConfig", {**_GROUPED, "use_qkv_bias": True}, _GATED, _ATTENTION),
+    Family("Granite", "GraniteConfig", {**_GROUPED, **_MULTIPLIERS}, _GATED, _ATTENTION),
+    Family(
+        "OLMo 2",
+        "Olmo2Config",
+        _GROUPED,
+        (("gated_mlp", "down_proj"), ("norm", "lm_head"), ("attention_value", "o_proj")),
+        {**dict.fromkeys((*_QKV.split(), "gate_proj", "up_proj"), "also read by Add"), **_ATTENTION},
+    ),
 )
 
 
