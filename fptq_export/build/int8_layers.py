@@ -7,6 +7,7 @@ What TensorRT for RTX 1.7.1 shows for `w8a8`, in FP16, BF16 and FP32 graphs, sta
   layers that name the same nodes and hold no Int8. So no sum is rounded to Half before it is scaled.
 * Linears that share their quantized input may be fused along `out`: one constant for all of them, every MatMul named.
 * A weight that lost its precision is a constant of another type, or none, in the layer that names its MatMul.
+* Linears that read an embedding directly (OLMo 2) may have its table stored rounded and looked up: Q(E[i]) = Q(E)[i].
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fptq_export.errors import PrecisionError
 __all__ = ["check_int8_layers"]
 
 _INT8 = "Int8"
+_INDICES = frozenset({"Int32", "Int64"})
 _MATMUL = re.compile(r"(?P<path>.*)/MatMul(_\d+)?")
 
 
@@ -37,7 +39,7 @@ def check_int8_layers(layers: Sequence[EngineLayer], int8: Mapping[str, int], pr
     holders: dict[str, list[EngineLayer]] = {path: [] for path in int8}
     problems: list[str] = []
     for layer in layers:
-        if _int8_codes(layer):
+        if _int8_codes(layer) and not _only_looks_up(layer):
             owners = _owners(layer, int8)
             for path in owners:
                 holders[path].append(layer)
@@ -56,6 +58,12 @@ def check_int8_layers(layers: Sequence[EngineLayer], int8: Mapping[str, int], pr
 def _int8_codes(layer: EngineLayer) -> int:
     """INT8 elements of the matrices a layer holds; scalars and vectors are no weights."""
     return sum(item.elements for item in layer.constants if item.datatype == _INT8 and len(item.dims) > 1)
+
+
+def _only_looks_up(layer: EngineLayer) -> bool:
+    """Whether a layer takes rows of its table by index: it multiplies nothing, and nothing but indices goes in."""
+    kinds = {tensor.datatype for tensor in layer.inputs}
+    return bool(kinds) and kinds <= _INDICES and not _matmuls(layer)
 
 
 def _owners(layer: EngineLayer, int8: Mapping[str, int]) -> list[str]:

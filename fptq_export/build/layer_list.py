@@ -208,17 +208,27 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
 
 
 def _owners(layer: EngineLayer, quantized: Mapping[str, int], layers: Sequence[EngineLayer]) -> list[str]:
-    """Linears whose codes a layer holds: those whose MatMul or plugin it runs; without any, those it dequantizes."""
-    computed = [*_paths(layer.onnx_nodes, _MATMUL), *_paths(layer.onnx_nodes, _PLUGIN)]
-    if any(path in quantized for path in computed):
-        return [path for path in dict.fromkeys(computed) if path in quantized]
+    """Linears whose codes a layer holds: those it computes.
+
+    A layer that only dequantizes weights, for one GEMM, may name the MatMul of one of them or of none. If it holds more
+    codes than it names, they are those of the linears that its readers compute, or else those that it dequantizes.
+    """
+
+    def known(paths: Iterable[str]) -> list[str]:
+        return [path for path in dict.fromkeys(paths) if path in quantized]
+
+    def codes(paths: Iterable[str]) -> int:
+        return sum(quantized[path] for path in paths)
+
+    computed = known([*_paths(layer.onnx_nodes, _MATMUL), *_paths(layer.onnx_nodes, _PLUGIN)])
+    if codes(computed) >= layer.int4_codes:
+        return computed
     written = {output.name for output in layer.outputs}
     readers = [other for other in layers if written & {tensor.name for tensor in other.inputs}]
-    multiplied = dict.fromkeys(path for reader in readers for path in _paths(reader.onnx_nodes, _MATMUL))
-    merged = [path for path in multiplied if path in quantized]
-    if sum(quantized[path] for path in merged) == layer.int4_codes:
+    merged = known(path for reader in readers for path in _paths(reader.onnx_nodes, _MATMUL))
+    if codes(merged) == layer.int4_codes:
         return merged
-    return [path for path in dict.fromkeys(_paths(layer.onnx_nodes, _DEQUANTIZE)) if path in quantized]
+    return computed or known(_paths(layer.onnx_nodes, _DEQUANTIZE))
 
 
 def _paths(nodes: Iterable[str], operator: re.Pattern[str]) -> list[str]:

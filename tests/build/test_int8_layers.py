@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,3 +77,27 @@ def test_every_profile_has_its_copy(layers: tuple[EngineLayer, ...], copies: int
     check_int8_layers(layers * 2, INT8, profiles=2)
     with pytest.raises(PrecisionError, match=f"{copies} layers hold its INT8 codes, 2 expected"):
         check_int8_layers(layers * copies, INT8, profiles=2)
+
+
+def test_embedding_that_is_looked_up_rounded_is_no_weight(golden: Path) -> None:
+    """OLMo 2 reads the embedding without a norm: its table is stored in INT8 for the first linears, which are INT4."""
+    check_int8_layers(layers_from_log(golden / "embedding_int8.txt"), {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lookup: replace(lookup, inputs=()),
+        lambda lookup: replace(lookup, inputs=(*lookup.inputs, replace(lookup.inputs[0], datatype="Half"))),
+        lambda lookup: replace(lookup, onnx_nodes=(*lookup.onnx_nodes, "layer.q_proj/MatMul")),
+    ],
+    ids=["dequantizes a weight", "reads activations", "multiplies"],
+)
+def test_table_that_is_more_than_looked_up_is_refused(
+    golden: Path, change: Callable[[EngineLayer], EngineLayer]
+) -> None:
+    """INT8 codes beside a float input or a MatMul, or on their way to one, are a weight that no policy asked for."""
+    layers = layers_from_log(golden / "embedding_int8.txt")
+    (lookup,) = (layer for layer in layers if any(tensor.datatype == "Int8" for tensor in layer.constants))
+    with pytest.raises(PrecisionError, match=r"no linear of the policy: layer .* holds 32768 INT8 codes, 0 expected"):
+        check_int8_layers([change(lookup)], {})

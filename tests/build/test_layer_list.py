@@ -71,6 +71,26 @@ def test_engine_that_follows_the_policy_passes(
     assert report.int4_codes == CODES * len(quantized)
 
 
+ATTENTION = {f"self_attn.{name}_proj": 64 * width for name, width in (("q", 64), ("k", 32), ("v", 32), ("o", 64))}
+MLP = {f"mlp.{name}_proj": 64 * 128 for name in ("gate", "up", "down")}
+BF16 = {f"model.layers.{i}.{name}": codes for i in range(2) for name, codes in {**ATTENTION, **MLP}.items()}
+
+
+def test_weights_dequantized_together_belong_to_all_their_linears(golden: Path) -> None:
+    """In BF16 one layer unpacks q, k and v for one GEMM, and names the MatMul of v alone: no linear is missing."""
+    report = check_layers(layers_from_log(golden / "merged_bf16.txt"), BF16)
+    assert report.quantized_linears == 14
+    assert report.int4_codes == sum(BF16.values())
+
+
+@pytest.mark.parametrize("path", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.gate_proj"])
+def test_a_linear_that_should_be_float_is_seen_among_merged_ones(golden: Path, path: str) -> None:
+    """More codes than those of the policy's linears are refused, whichever of them the layer names."""
+    quantized = {name: codes for name, codes in BF16.items() if name != path}
+    with pytest.raises(PrecisionError, match=r"INT4 codes, \d+ expected"):
+        check_layers(layers_from_log(golden / "merged_bf16.txt"), quantized)
+
+
 def test_report_counts_layers_by_type(golden: Path) -> None:
     """What is stored beside the engine is counted from the list."""
     report = check_layers(layers_from_log(golden / "mixed.txt"), MIXED)
