@@ -13,6 +13,7 @@ from calib.batches import TokenBatches, auto_batch_size
 from calib.devices import CPU
 from calib.hidden import HiddenStates
 from calib.histograms import Histogram
+from calib.padding import rows_of_tokens
 from calib.ranks import ALONE, Ranks, share_of_rank
 from calib.state import CalibrationState
 from calib.stats import Stats
@@ -204,7 +205,7 @@ class _Inputs:
     def update(self, path: str, x: torch.Tensor) -> None:
         """Take in one input, [..., in]."""
         if x is not self._tensor:
-            self._tensor, self._rows = x, _rows_of_tokens(path, x, self.real_tokens())
+            self._tensor, self._rows = x, rows_of_tokens(path, x, self.real_tokens())
             self._reduced, self._counted = _channel_absmax(self._rows), None
         if not self._reduced.isfinite().all():
             raise UserError(
@@ -297,17 +298,6 @@ def _expect_experts(inputs: _Inputs, paths: Iterable[str], block: nn.Module, pre
     """Know of the linears of a block's experts, reached or not."""
     for path in set(paths) & experts_of_linears(block, prefix).keys():
         inputs.expect(path, block.get_submodule(path.removeprefix(prefix)))
-
-
-def _rows_of_tokens(path: str, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """The rows of an input [..., in] that belong to tokens; all of it where nothing is padded."""
-    if real is None:
-        return x
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) != real.numel():
-        cause = f"reads {len(rows)} rows for {real.numel()} tokens, so nobody can say which of them are padding"
-        raise UserError(f"layer {path}", cause, "calibrate on windows of one length: an .npz of token ids")
-    return rows[real.reshape(-1).to(x.device)]
 
 
 def _channel_absmax(x: torch.Tensor) -> torch.Tensor:

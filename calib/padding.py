@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fptq_export.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["PADDING", "model_inputs", "real_tokens"]
+__all__ = ["PADDING", "model_inputs", "real_tokens", "rows_of_tokens"]
 
 PADDING = -1
 
@@ -34,3 +36,23 @@ def model_inputs(tokens: torch.Tensor, config: PreTrainedConfig | None) -> dict[
         "input_ids": tokens.masked_fill(~real, getattr(config, "pad_token_id", None) or 0),
         "attention_mask": real.to(torch.int64),
     }
+
+
+def rows_of_tokens(path: str, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """The rows of an input [..., in] that belong to tokens; all of it where nothing is padded.
+
+    Args:
+        path: Of the linear that reads it, for errors.
+        x: The input.
+        real: Where there are tokens, bool [rows, seq]; None where everywhere.
+
+    Raises:
+        UserError: The input does not have a row for each token.
+    """
+    if real is None:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) != real.numel():
+        cause = f"reads {len(rows)} rows for {real.numel()} tokens, so nobody can say which of them are padding"
+        raise UserError(f"layer {path}", cause, "calibrate on windows of one length: an .npz of token ids")
+    return rows[real.reshape(-1).to(x.device)]
