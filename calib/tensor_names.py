@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from calib.tensor_files import TensorEntry
@@ -18,11 +18,18 @@ __all__ = ["is_outside_body", "tensors_of_causal_lm", "tensors_of_encoder"]
 
 
 def tensors_of_causal_lm(entries: Mapping[str, TensorEntry], config: PreTrainedConfig) -> dict[str, TensorEntry]:
-    """Name tensors as the causal LM does: checkpoints saved from the bare model leave its prefix out."""
+    """Name tensors as the causal LM does.
+
+    Checkpoints saved from the bare model leave its prefix out, and transformers stores some heads under an older name
+    (GPT-NeoX: `embed_out`).
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return dict(entries)
     model_type: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     prefix = f"{model_type.base_model_prefix}."
+    renamings = get_checkpoint_conversion_mapping(model_type.__name__) or []
+    if all(isinstance(renaming, WeightRenaming) for renaming in renamings):
+        entries = {rename_source_key(name, renamings, [])[0]: entry for name, entry in entries.items()}
     if any(name.startswith(prefix) for name in entries):
         return dict(entries)
     return {prefix + name: entry for name, entry in entries.items()}

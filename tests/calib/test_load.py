@@ -16,7 +16,14 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    T5Config,
+)
 
 import calib.hub
 from calib.load import (
@@ -26,6 +33,7 @@ from calib.load import (
     disagreement_from_checkpoint,
     model_from_checkpoint,
     read_tensor,
+    skeleton_from_checkpoint,
     tokenizer_from_checkpoint,
 )
 from calib.tensor_files import INDEX_FILE, WEIGHTS_FILE, TensorEntry
@@ -109,6 +117,20 @@ def test_shards_hold_the_same_tensors(tiny_llama_copy: Path, llama: Checkpoint) 
     for name in llama.tensors:
         assert torch.equal(read_tensor(sharded, name), read_tensor(llama, name)), name
     model_from_checkpoint(sharded, torch.float32)
+
+
+def test_heads_that_files_name_otherwise_are_found(make_model_dir: Callable[[PretrainedConfig], Path]) -> None:
+    """The head of GPT-NeoX (Pythia) is stored as `embed_out`; the model, and so the graph, calls it `lm_head`."""
+    directory = make_model_dir(
+        GPTNeoXConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=512)
+    )
+    with safe_open(str(directory / "model.safetensors"), framework="pt") as stored:
+        assert "embed_out.weight" in stored.keys()  # noqa: SIM118 (not a dict)
+    checkpoint = checkpoint_from_directory(directory, "neox")
+    assert checkpoint.tensors.keys() == skeleton_from_checkpoint(checkpoint).state_dict().keys()
+    assert torch.equal(
+        read_tensor(checkpoint, "lm_head.weight"), AutoModelForCausalLM.from_pretrained(directory).lm_head.weight
+    )
 
 
 def test_checkpoint_of_the_bare_model_gets_the_names_of_the_causal_one(tmp_path: Path) -> None:
