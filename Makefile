@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 PLUGIN_ARGS ?=
-FIRST_TESTS := tests/plugins/emulation tests/plugins/gates tests/plugins/ptx tests/calib tests/evaluate
+FIRST_TESTS := tests/plugins/emulation tests/plugins/gates tests/plugins/ptx tests/calib tests/evaluate tests/build tests/experts tests/families
 DEMO_DIR := demo/smollm2
 DEMO_ENGINE := demo/smollm2.plan
 

@@ -13,7 +13,10 @@ from safetensors.numpy import load_file
 
 from calib.fake_quant import apply_policy
 from fptq_export.policy import arrays_path
+from fptq_export.progress import NoProgress
+from fptq_export.rewrite import GraphForm, RewritePaths, rewrite
 from fptq_export.verify.decode import CacheBound
+from fptq_export.verify.sessions import OnnxCausalSession
 from tests.families.conftest import Quantize
 from tests.families.registry import FAMILIES, Family
 from tests.families.support_table import Record
@@ -68,18 +71,26 @@ def test_graph_equals_the_torch_model(
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
 def test_decoding_behind_a_cache_equals_the_torch_model(
-    family: Family, quantize: Quantize, ids: NDArray[np.int64], record: Record
+    family: Family, quantize: Quantize, ids: NDArray[np.int64], record: Record, tmp_path: Path
 ) -> None:
-    """The last token behind a cache of the others, also where a window hides the first of them."""
+    """The last token behind either cache of the others, also where a window hides the first of them."""
     with record.cell(family, "kv") as cell:
         rewritten = quantize(family)
         expected = _fake_quant_logits(rewritten, ids)[:, -1]
-        first = run(rewritten.w4a8, causal_feed(rewritten.w4a8, ids[:, :-1]))
-        past = {f"past_key_values{name.removeprefix('present')}": first[name] for name in first if "present" in name}
-        feed = causal_feed(rewritten.w4a8, ids[:, -1:], past)
-        actual = run(rewritten.w4a8, feed, outputs=["logits"])["logits"][:, 0]
-        np.testing.assert_allclose(actual, expected, rtol=0.0, atol=PARITY * np.abs(expected).max())
-        cell.text = "concat"
+        for graph in (rewritten.w4a8, _with_static_cache(rewritten, tmp_path)):
+            session = OnnxCausalSession(graph, threads=1, optimization="none")
+            _, cache = session.prefill(ids[:, :-1])
+            logits, _ = session.decode(ids[:, -1:], cache)
+            np.testing.assert_allclose(logits[:, 0], expected, rtol=0.0, atol=PARITY * np.abs(expected).max())
+        cell.text = "concat, static"
+
+
+def _with_static_cache(rewritten: Rewritten, directory: Path) -> Path:
+    """The W4A8 graph of the same policy with a cache that is written in place."""
+    paths = RewritePaths(rewritten.traced.model, directory / "model.qdq.onnx", directory / "model.w4a8.onnx")
+    form = GraphForm(kv_cache="static")
+    rewrite(paths, rewritten.traced.sites, rewritten.policy, rewritten.arrays, NoProgress(), form)
+    return paths.w4a8
 
 
 def _fake_quant_logits(rewritten: Rewritten, ids: NDArray[np.int64]) -> NDArray[np.float32]:
