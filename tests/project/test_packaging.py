@@ -44,6 +44,7 @@ PACKAGES = {
     "fptq_export/cli",
     "fptq_export/cpu",
     "fptq_export/evaluate",
+    "fptq_export/experts",
     "fptq_export/package",
     "fptq_export/pipeline",
     "fptq_export/plugin",

@@ -69,6 +69,7 @@ def test_unchanged_sources_pass(base: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiles and runs 67 mutants; other work on the machine must not fail it
 def test_every_mutation_is_caught(base: Path, tmp_path: Path) -> None:
     """Each of the seeded bugs makes a case fail; none passes and none fails to compile."""
 
