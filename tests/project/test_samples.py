@@ -16,7 +16,8 @@ SAMPLES = sorted(
     path for path in (ROOT / "samples").iterdir() if path.is_dir() and not path.name.startswith(("_", "."))
 )
 SECTIONS = ("Introduction", "Running the sample", "Files written")
-SECONDS_PER_SAMPLE = 300
+SECONDS_PER_SAMPLE = 900
+"""Finds what hangs. A sample takes two minutes, and several times that where other work shares its cores."""
 TRACED_BEFORE = ("03_weight_methods",)
 """Samples that find the traced model in their work folder, as in a second run. 02_ablation traces it."""
 QUANTIZED_BEFORE = ("04_evaluate",)
