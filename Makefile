@@ -67,7 +67,7 @@ else
 	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
 endif
 
-# Two halves of about the same time, side by side: kernels, their compilers and calibration on one core, the model's whole road on the
+# Two halves of about the same time, side by side: kernels, their compilers, calibration, builder and families on one core, the whole road on the
 # other. No build folder is shared.
 .PHONY: test-first test-others
 test-first:
