@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,60 @@ def test_place_of_external_data_is_left_alone(tmp_path: Path) -> None:
     assert isinstance(tensor, ir.ExternalTensor)
     assert tensor.location == "below/weights.bin"
     np.testing.assert_array_equal(tensor.numpy(), np.zeros(LARGE, np.float32))
+
+
+def _written(directory: Path) -> Path:
+    """A graph of two external tensors and its data file; gives the data file."""
+    path = directory / "model.onnx"
+    model = _model(LARGE, LARGE)
+    write_weights(model, data_path(path))
+    save_graph(model, path)
+    return data_path(path)
+
+
+def _missing(data: Path, _elsewhere: Path) -> None:
+    data.unlink()
+
+
+def _cut_off(data: Path, _elsewhere: Path) -> None:
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+def _linked(data: Path, elsewhere: Path) -> None:
+    (elsewhere / "other").hardlink_to(data)
+
+
+def _outside(data: Path, elsewhere: Path) -> None:
+    data.rename(elsewhere / "other")
+    data.symlink_to(elsewhere / "other")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_missing, r"no such file; it holds 'c0'"),
+        (_cut_off, r"4095 bytes, but 'c1' ends at byte 4096: it was cut off"),
+        (_linked, r"this data file has a second name \(hard link\)"),
+        (_outside, r"the data of 'c0' lies outside the graph's directory"),
+    ],
+)
+def test_data_file_that_cannot_be_trusted_is_refused_when_opened(
+    tmp_path: Path, damage: Callable[[Path, Path], None], reason: str
+) -> None:
+    """The library refuses some of these too, but only when the weights are written: after calibration."""
+    directory, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    directory.mkdir()
+    elsewhere.mkdir()
+    damage(_written(directory), elsewhere)
+    with pytest.raises(UserError, match=rf"model\.onnx\.data: {reason}"):
+        load_graph(directory / "model.onnx")
+
+
+def test_data_file_that_is_a_link_inside_its_directory_is_read(tmp_path: Path) -> None:
+    """A symbolic link that stays beside the graph is no escape."""
+    data = _written(tmp_path)
+    data.rename(tmp_path / "other")
+    data.symlink_to("other")
+    tensor = load_graph(tmp_path / "model.onnx").graph.initializers["c1"].const_value
+    assert tensor is not None
+    np.testing.assert_array_equal(tensor.numpy(), np.ones(LARGE, np.float32))
