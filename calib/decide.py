@@ -101,33 +101,10 @@ def decide_policy(
     if sequential is not None:
         check_sequential_given(checkpoint.given)
     rule = Rule(v0=options.v0, v1=options.v1, equalizer=options.equalization.equalizer)
-    choices = chosen_precisions([linear.path for linear in sites.linears], options.exclude, options.precision)
     stats = stats_of_tensors(stats, sites)
-    layers = {}
-    for linear in sites.linears:
-        choice = choices.get(linear.path)
-        if linear.float_reason is not None:
-            layers[linear.path] = float_layer(linear, linear.float_reason)
-            continue
-        if choice is not None and choice.precision == "float":
-            layers[linear.path] = float_layer(linear, choice.float_reason)
-            continue
-        absmax = stats.absmax(linear.path)
-        layers[linear.path] = (
-            _given_layer(checkpoint.given, linear, absmax, rule, choice)
-            if checkpoint.given is not None
-            else _layer_policy(linear, absmax, rule, options, choice)
-        )
-    layers.update({
-        linear.path: LayerPolicy(
-            precision="float", activation=None, reason=linear.reason,
-            in_features=linear.in_features, out_features=linear.out_features,
-        )
-        for linear in sites.unmatched
-    })  # fmt: skip
-    policy = Policy(model=checkpoint.name, rule=rule, layers=layers)
+    policy = Policy(model=checkpoint.name, rule=rule, layers=_layers(sites, stats, checkpoint.given, rule, options))
     if not policy.quantized():
-        reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers.values()))
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in policy.layers.values()))
         raise UserError(
             checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
         )
@@ -139,6 +116,30 @@ def decide_policy(
         policy, sites, stats.channel_absmax, checkpoint, progress, hessians, site_scales, sequential=sequential
     )
     return policy, arrays
+
+
+def _layers(
+    sites: Sites, stats: Stats, given: GivenWeights | None, rule: Rule, options: PolicyOptions
+) -> dict[str, LayerPolicy]:
+    """What every linear runs, by its own input alone; those that stay float come with the reason."""
+    choices = chosen_precisions([linear.path for linear in sites.linears], options.exclude, options.precision)
+    layers = {}
+    for linear in sites.linears:
+        choice = choices.get(linear.path)
+        if linear.float_reason is not None:
+            layers[linear.path] = float_layer(linear, linear.float_reason)
+        elif choice is not None and choice.precision == "float":
+            layers[linear.path] = float_layer(linear, choice.float_reason)
+        elif given is not None:
+            layers[linear.path] = _given_layer(given, linear, stats.absmax(linear.path), rule, choice)
+        else:
+            layers[linear.path] = _layer_policy(linear, stats.absmax(linear.path), rule, options, choice)
+    for unmatched in sites.unmatched:
+        layers[unmatched.path] = LayerPolicy(
+            precision="float", activation=None, reason=unmatched.reason,
+            in_features=unmatched.in_features, out_features=unmatched.out_features,
+        )  # fmt: skip
+    return layers
 
 
 def _equalized(
