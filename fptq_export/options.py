@@ -34,6 +34,8 @@ class RunOptions(BaseModel):
     """Tokens of a call that the graph gives logits for: every one, or the last one."""
     kv_cache: Literal["concat", "static"] = "concat"
     """A KV cache that grows with every call, or one of fixed length that is written in place."""
+    kv_dtype: Literal["float", "int8"] = "float"
+    """A KV cache of type `dtype`, or of INT8 codes with a scale for each head of a token."""
     rotate: bool = False
     """Rotate the residual stream by a Hadamard matrix, fused into the weights, before anything else."""
     policy: str = "paper"

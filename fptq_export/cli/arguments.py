@@ -139,6 +139,11 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="concat, or static: a cache of fixed length, written at an index, and one Attention a layer [concat]",
     )
+    group.add_argument(
+        "--kv-dtype",
+        metavar="TYPE",
+        help="float, or int8: keys and values with a scale for each head of a token [float]",
+    )
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:

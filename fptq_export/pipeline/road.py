@@ -235,13 +235,13 @@ class _Road:
 
         def run() -> Mapping[str, Any]:
             arrays = PolicyArrays(arrays_path(self._dir.policy))
-            form = GraphForm(logits=self._options.logits, kv_cache=self._options.kv_cache)
+            form = GraphForm(self._options.logits, self._options.kv_cache, self._options.kv_dtype)
             return rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress, form)
 
         inputs = (self._dir.model, data_path(self._dir.model), self._dir.sites)
         policy = (self._dir.policy, arrays_path(self._dir.policy))
         outputs = (self._dir.qdq, self._dir.w4a8, data_path(self._dir.w4a8))
-        self._stage("rewrite", self._option_parts("logits", "kv_cache"), (*inputs, *policy), outputs, run)
+        self._stage("rewrite", self._option_parts("logits", "kv_cache", "kv_dtype"), (*inputs, *policy), outputs, run)
 
     def _verify(self) -> None:
         from fptq_export.pipeline.encoder_verification import verify_encoder

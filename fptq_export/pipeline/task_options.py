@@ -18,6 +18,7 @@ _OF_CAUSAL_LMS = {
     "decode_steps": "an encoder does not decode",
     "max_kv_len": "an encoder has no cache",
     "kv_cache": "an encoder has no cache",
+    "kv_dtype": "an encoder has no cache",
     "logits": "an encoder has no logits",
     "checkpoint": "checkpoints are written of causal language models only",
     "reconstruct_blocks": "its loss would count padding; use --sequential",

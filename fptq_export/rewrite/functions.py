@@ -26,7 +26,9 @@ __all__ = [
     "W4A8_PER_TOKEN",
     "W4A8_STATIC",
     "dequantized_int8_weight",
+    "dequantized_per_token",
     "dequantized_weight",
+    "per_token_codes",
     "per_token_fractions",
     "per_token_qdq_function",
     "register_function",
@@ -106,7 +108,7 @@ def _per_token_scale(tape: Tape, wide: ir.Value) -> ir.Value:
     return tape.op("Div", [guarded, _constant(tape, np.float32(INT8_MAX))])
 
 
-def per_token_fractions(tape: Tape, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+def per_token_codes(tape: Tape, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
     """INT8 codes with one scale a token, where Q/DQ operators may only have constant scales.
 
     Args:
@@ -115,14 +117,35 @@ def per_token_fractions(tape: Tape, x: ir.Value, dtype: ir.DataType) -> tuple[ir
         dtype: T.
 
     Returns:
-        code x `FRACTION`, in [-1, 1), of type T, exact; and scale / `FRACTION`, FLOAT [..., 1], which `rescaled` takes.
-        The codes are those of the contract: x / scale is quantized with the constant scale 1.
+        Codes INT8 [..., in], those of the contract: x / scale is quantized with the constant scale 1; scale FLOAT
+        [..., 1].
     """
     wide = _to(tape, x, dtype, ir.DataType.FLOAT)
     scale = _per_token_scale(tape, wide)
+    ratio = tape.op("Div", [wide, scale])
     zero = _constant(tape, np.int8(0))
-    codes = tape.op("QuantizeLinear", [tape.op("Div", [wide, scale]), _constant(tape, np.float32(1)), zero])
-    fractions = tape.op("DequantizeLinear", [codes, _constant(tape, FRACTION), zero])
+    return tape.op("QuantizeLinear", [ratio, _constant(tape, np.float32(1)), zero]), scale
+
+
+def dequantized_per_token(tape: Tape, codes: ir.Value, scale: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """INT8 codes [..., in] x scale FLOAT [..., 1] in float32 -> T."""
+    numbers = tape.op("DequantizeLinear", [codes, _constant(tape, np.float32(1)), _constant(tape, np.int8(0))])
+    return _to(tape, tape.op("Mul", [numbers, scale]), ir.DataType.FLOAT, dtype)
+
+
+def per_token_fractions(tape: Tape, x: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    """`per_token_codes` as numbers that T holds exactly.
+
+    Args:
+        tape: Where the operators go.
+        x: [..., in] of type T.
+        dtype: T.
+
+    Returns:
+        code x `FRACTION`, in [-1, 1), of type T, exact; and scale / `FRACTION`, FLOAT [..., 1], which `rescaled` takes.
+    """
+    codes, scale = per_token_codes(tape, x, dtype)
+    fractions = tape.op("DequantizeLinear", [codes, _constant(tape, FRACTION), _constant(tape, np.int8(0))])
     factor = tape.op("Mul", [scale, _constant(tape, np.float32(1) / FRACTION)])
     return _to(tape, fractions, ir.DataType.FLOAT, dtype), factor
 

@@ -12,6 +12,7 @@ from fptq_export.rewrite.fuse_attention import FuseAttention
 from fptq_export.rewrite.fuse_rms_norm import FuseRmsNorm
 from fptq_export.rewrite.fuse_rotary import FuseRotary
 from fptq_export.rewrite.last_token_logits import LastTokenLogits
+from fptq_export.rewrite.quantize_cache import QuantizeCache
 from fptq_export.rewrite.static_cache import StaticCache
 
 __all__ = ["GraphForm", "bring_into_form"]
@@ -25,6 +26,8 @@ class GraphForm:
     """Logits of every token of a call, [B, S, V], or of the last one, [B, 1, V]."""
     kv_cache: Literal["concat", "static"] = "concat"
     """A cache that grows with every call, or one of fixed length that is written at `write_indices`."""
+    kv_dtype: Literal["float", "int8"] = "float"
+    """Keys and values in the type of the graph, or INT8 codes with a scale for each head of a token."""
 
 
 def bring_into_form(model: ir.Model, form: GraphForm) -> dict[str, Any]:
@@ -45,8 +48,13 @@ def bring_into_form(model: ir.Model, form: GraphForm) -> dict[str, Any]:
     """
     if form.logits == "last":
         LastTokenLogits()(model)
-    if form.kv_cache == "concat":
-        return {}
+    summary = _with_static_cache(model) if form.kv_cache == "static" else {}
+    if form.kv_dtype == "int8":
+        QuantizeCache()(model)
+    return summary
+
+
+def _with_static_cache(model: ir.Model) -> dict[str, Any]:
     norm, rotary, attention = FuseRmsNorm(), FuseRotary(), FuseAttention()
     StaticCache()(model)
     for fuse in (norm, rotary, attention):

@@ -21,6 +21,7 @@ DTYPE_FROM_ORT_TYPE: Mapping[str, np.dtype[Any]] = {
     "tensor(bfloat16)": _BFLOAT16,
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
+    "tensor(int8)": np.dtype(np.int8),
 }
 
 

@@ -43,6 +43,7 @@ _OPTIMIZATION_LEVELS = {
 }
 _INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+_INT8_TYPES = ("tensor(int8)",)
 _IDS_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _WRITE_INDICES = "write_indices"
 """Input of graphs with a static cache: slots of each sequence that are filled before the call."""
@@ -50,6 +51,8 @@ _SLOTS = 64
 """A static cache of open length grows by so many slots at a time."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
+_SCALE = "_scale"
+"""Behind the name of a cache of INT8 codes: its scales."""
 _FLOAT32_ACCURACY = "1"
 _FATAL_ONLY = 4
 """ONNX Runtime severity; its errors reach us as exceptions, so its own lines on stderr would say them twice."""
@@ -80,7 +83,7 @@ class OnnxCache:
 
     values: Mapping[str, Any]
     """`past_key_values.N.key` -> OrtValue [B, H, length, D], in the dtype of the graph; not copied. A static cache is
-    [B, H, slots, D] with slots >= length."""
+    [B, H, slots, D] with slots >= length. INT8 codes have scales [B, H, length, 1] beside them."""
     length: int
     """Tokens in the cache."""
 
@@ -116,7 +119,8 @@ class OnnxCausalSession:
 
     Inputs of the graph: `input_ids` [B, S], `attention_mask` [B, past+S], `position_ids` [B, S] and, for each layer N,
     `past_key_values.N.key` and `.value` [B, H, past, D], where past may be 0. Outputs: `logits` [B, S, V], or [B, 1, V]
-    for the last token, and `present.N.key` and `.value`. A static cache is [B, H, slots, D] before and after, the mask
+    for the last token, and `present.N.key` and `.value`. Beside INT8 codes lie `past_key_values.N.key_scale`
+    [B, H, past, 1] and so on. A static cache is [B, H, slots, D] before and after, the mask
     [B, slots], and `write_indices` [B] says how many slots are filled; where slots are a dynamic dimension, the session
     gives the cache more of them when they are used up. Dtypes, heads and head sizes are those of the graph; weights
     may be external data.
@@ -154,7 +158,7 @@ class OnnxCausalSession:
     @property
     def layers(self) -> int:
         """Layers that have a KV cache."""
-        return len(self._signature.past) // 2
+        return sum(name.endswith(".key") for name in self._signature.past)
 
     def prefill_feed(self, input_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Every input of the graph for a prompt without padding, in the graph's dtypes; the past has no tokens.
@@ -280,12 +284,17 @@ def _signature_from_session(path: Path, session: Any) -> _Signature:
     pairs = {
         f"present.{layer}.{kind}": f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")
     }
+    codes = [past for past in pairs.values() if past + _SCALE in inputs]
+    floats = [past for past in pairs.values() if past not in codes] + [past + _SCALE for past in codes]
+    pairs |= {f"{present}{_SCALE}": past + _SCALE for present, past in pairs.items() if past in codes}
     ids = (*_IDS_INPUTS, *([_WRITE_INDICES] if _WRITE_INDICES in inputs else []))
     problems = [
         *_type_problems("input", ids, inputs, _INTEGER_TYPES),
-        *_type_problems("input", pairs.values(), inputs, _FLOAT_TYPES),
+        *_type_problems("input", floats, inputs, _FLOAT_TYPES),
+        *_type_problems("input", codes, inputs, _INT8_TYPES),
         *_shape_problems(pairs.values(), inputs),
-        *_type_problems("output", ("logits", *pairs), outputs, _FLOAT_TYPES),
+        *_type_problems("output", ("logits",), outputs, _FLOAT_TYPES),
+        *_type_problems("output", pairs, outputs, (*_FLOAT_TYPES, *_INT8_TYPES)),
         *(Problem(name, "input that nothing fills") for name in inputs.keys() - {*ids, *pairs.values()}),
     ]
     if problems:

@@ -1,6 +1,7 @@
 """Greedy generation with the portable W4A8 graph in stock ONNX Runtime: `python generate.py RUN_DIRECTORY PROMPT`.
 
-Both forms of the KV cache: one that grows with every call, and one of fixed length that is written at `write_indices`.
+All forms of the KV cache: one that grows with every call, or one of fixed length that is written at `write_indices`; of
+floats, or of INT8 codes with their scales.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 NEW_TOKENS = 24
+CACHE_TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 def main(directory: Path, prompt: str) -> None:
@@ -27,7 +29,7 @@ def main(directory: Path, prompt: str) -> None:
     ids = tokenizer.encode(prompt).ids
     static = any(value.name == "write_indices" for value in session.get_inputs())
     slots = len(ids) + NEW_TOKENS if static else 0
-    past = [np.zeros((1, value.shape[1], slots, value.shape[3]), np.float16) for value in past_inputs]
+    past = [np.zeros((1, value.shape[1], slots, value.shape[3]), CACHE_TYPES[value.type]) for value in past_inputs]
     step = ids
     for _ in range(NEW_TOKENS):
         filled = len(ids) - len(step)

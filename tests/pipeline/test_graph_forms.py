@@ -52,3 +52,31 @@ def test_a_static_cache_is_verified_and_built_with_fused_attention(run_copy: Pat
     assert sum(FUSED_ATTENTION in layer.name for layer in layers) == 2
     caches = {tensor.dims for layer in layers for tensor in layer.outputs if tensor.name.startswith("present.")}
     assert caches == {(-1, 2, 96, 16)}
+
+
+def test_an_int8_cache_is_verified_and_built(run_copy: Path, command: Command) -> None:
+    """From the same policy: the proof of the cache holds, and the engine takes and gives INT8 with FP32 scales."""
+    words = ("--kv-dtype", "int8", "--max-kv-len", "64", "--max-input-len", "32", "--compute-capability", "8.6")
+    before = (run_copy / "policy.json").read_bytes()
+    for verb in ("rewrite", "verify", "build"):
+        outcome = command(verb, run_copy, *words, "--engine", run_copy / "int8.plan")
+        assert outcome.code == 0, outcome.err
+    assert (run_copy / "policy.json").read_bytes() == before
+    assert report_of(run_copy).cache.within_bound
+    types = {
+        tensor.name.rpartition(".")[2]: tensor.datatype
+        for layer in layers_from_log(run_copy / "build.log")
+        for tensor in layer.outputs
+        if tensor.name.startswith("present.")
+    }
+    assert types == {"key": "Int8", "value": "Int8", "key_scale": "Float", "value_scale": "Float"}
+
+
+def test_an_engine_with_a_static_int8_cache_is_refused(run_copy: Path, command: Command) -> None:
+    """TensorRT's cache update takes no INT8: said before anything is written, and with what works."""
+    before = (run_copy / "model.w4a8.onnx").read_bytes()
+    words = ("--kv-dtype", "int8", "--kv-cache", "static", "--engine", run_copy / "int8.plan")
+    outcome = command("build", run_copy, *words)
+    assert outcome.code == 1
+    assert "--kv-dtype int8: TensorRT writes float types only into a static KV cache" in outcome.err
+    assert (run_copy / "model.w4a8.onnx").read_bytes() == before

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fptq_export.errors import UserError
+from fptq_export.errors import UserError, UserErrors
 from fptq_export.graph_io import load_graph, save_graph
 from fptq_export.rewrite.fix_cache_length import FixCacheLength
 from fptq_export.rewrite.graph_form import GraphForm, bring_into_form
@@ -79,3 +80,34 @@ def test_a_graph_of_fixed_length_says_when_it_is_full(static: Path, text: NDArra
         session.decode(text[None, 16:17], cache)
     with pytest.raises(UserError, match="16 slots, and 20 tokens"):
         session.prefill(text[None, :20])
+
+
+@pytest.mark.parametrize("form", ["concat", "static"])
+def test_a_session_drives_an_int8_cache(
+    llama_fp16: Traced, text: NDArray[np.int64], form: Literal["concat", "static"]
+) -> None:
+    """Codes and scales go back in beside each other, over the end of the first slots; the proof of the cache holds."""
+    model = load_graph(llama_fp16.model)
+    bring_into_form(model, GraphForm(kv_cache=form, kv_dtype="int8"))
+    path = llama_fp16.model.with_name(f"int8-{form}.onnx")
+    save_graph(model, path)
+    session = OnnxCausalSession(path, threads=1)
+    assert session.layers == 2
+    assert prove_cache(session, text[:60], text[60:].tolist(), CacheBound("fp16", session.layers)).within_bound
+    _, cache = session.prefill(text[None, :4])
+    kinds = {name.rpartition(".")[2]: (value.data_type(), value.shape()[3]) for name, value in cache.values.items()}
+    codes, scales = ("tensor(int8)", 16), ("tensor(float)", 1)
+    assert kinds == {"key": codes, "value": codes, "key_scale": scales, "value_scale": scales}
+
+
+def test_a_cache_of_codes_without_scales_is_refused(llama_fp16: Traced) -> None:
+    """INT8 numbers that nothing scales are no keys."""
+    model = load_graph(llama_fp16.model)
+    bring_into_form(model, GraphForm(kv_dtype="int8"))
+    lost = next(value for value in model.graph.inputs if value.name == "past_key_values.1.value_scale")
+    lost.name = "another"
+    path = llama_fp16.model.with_name("int8-lost.onnx")
+    save_graph(model, path)
+    problems = r"input is tensor\(int8\).* @ past_key_values\.1\.value\n  input that nothing fills @ another"
+    with pytest.raises(UserErrors, match=problems):
+        OnnxCausalSession(path, threads=1)
