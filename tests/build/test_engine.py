@@ -296,8 +296,9 @@ def test_interrupt_ends_the_worker(make_request: MakeRequest, recorder: Recorder
 
 
 BUILD_FROM_ARGUMENT = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 from fptq_export.build.engine import BuildRequest, build_engine
 from fptq_export.build.profiles import Profile, ShapeRange
 from fptq_export.build.targets import Target

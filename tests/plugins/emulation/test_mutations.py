@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.plugins.emulation.cases import SMALL_SCHEMES, SMALL_TILES
-from tests.plugins.emulation.harness import ROOT, SOURCES, Kernels, build
-from tests.plugins.emulation.mutations import MUTATIONS, PLAIN_ROWS_OF_A, Mutation
-
-KIND_NAMES = ("FPTQ_PER_CHANNEL", "FPTQ_GROUP", "FPTQ_TWO_LEVEL")
-DEFINES = (
-    "-DFPTQ_GEMM_TILES(T)=" + " ".join(f"T({', '.join(map(str, tile))})" for tile in SMALL_TILES),
-    "-DFPTQ_SCHEMES(S)=" + " ".join(f"S({KIND_NAMES[kind]}, {group})" for kind, group in SMALL_SCHEMES),
+from tests.plugins.emulation.harness import ROOT, Kernels, build
+from tests.plugins.emulation.mutation_run import (
+    DEFINES,
+    RECORD,
+    current_key,
+    detect,
+    missed_of,
+    mutant,
+    mutations_to_run,
 )
-USERS = {  # the files to compile again when a file changes
-    "w4a8_gemm.cuh": ("w4a8_gemm.cu",),
-    "gemm_shapes.cuh": ("w4a8_gemm.cu",),
-    "scale_pairs.cuh": ("w4a8_gemm.cu",),
-    "split_k_reduce.cuh": ("w4a8_gemm.cu",),
-    "w4a8_gemv.cuh": ("w4a8_gemv.cu",),
-    "scheme.cuh": ("w4a8_gemm.cu", "w4a8_gemv.cu"),
-    "quantize_row.cuh": ("quantize_activation.cu", "w4a8_gemv.cu"),
-    "bounds.h": ("quantize_activation.cu", "w4a8_gemv.cu"),
-}
-DETECT_SECONDS = 120  # a mutation that makes the kernels run on is caught, too
-WORKERS = 2
+from tests.plugins.emulation.mutations import MUTATIONS, PLAIN_ROWS_OF_A
 
-
-def detect(library: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.plugins.emulation.detect", str(library)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DETECT_SECONDS, check=False)
-
-
-def mutant(directory: Path, mutations: Sequence[Mutation], base: Path) -> Path:
-    """A library whose sources have the given edits."""
-    sources = directory / "src"
-    shutil.copytree(ROOT / "plugins/src", sources)
-    changed: set[str] = set()
-    for mutation in mutations:
-        path = sources / mutation.file
-        text = path.read_text(encoding="utf-8")
-        assert mutation.old in text, f"{mutation.name}: {mutation.file} no longer contains {mutation.old!r}"
-        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        changed.update(USERS[mutation.file])
-    names = [name for name in (*SOURCES, "cuda_emulation.cpp") if name not in changed]
-    return build(directory, sources, {name: base / f"{name}.o" for name in names}, DEFINES)
+RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +38,25 @@ def test_unchanged_sources_pass(base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # compiles and runs 67 mutants; other work on the machine must not fail it
+@pytest.mark.timeout(1800)  # compiles and runs up to 67 mutants; other work on the machine must not fail it
 def test_every_mutation_is_caught(base: Path, tmp_path: Path) -> None:
     """Each of the seeded bugs makes a case fail; none passes and none fails to compile."""
-
-    def verdict(numbered: tuple[int, Mutation]) -> str | None:
-        number, mutation = numbered
-        directory = tmp_path / str(number)
-        try:
-            status = detect(mutant(directory, [mutation], base)).returncode
-        except subprocess.TimeoutExpired:
-            status = 1
-        shutil.rmtree(directory)
-        return mutation.name if status == 0 else None
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        missed = [name for name in pool.map(verdict, enumerate(MUTATIONS)) if name is not None]
-    assert missed == []
+    assert missed_of(mutations_to_run(current_key(), RECORDED["key"]), base, tmp_path) == []
     assert len(MUTATIONS) >= 25
+
+
+def test_only_known_sources_are_taken_from_the_record(tmp_path: Path) -> None:
+    """All were caught when it was written; a changed kernel makes all of them run again."""
+    assert RECORDED["caught"] == [mutation.name for mutation in MUTATIONS]
+    known = RECORDED["key"]
+    assert set(mutations_to_run(known, known, everything=False)) < set(MUTATIONS)
+    assert mutations_to_run("other", known, everything=False) == tuple(MUTATIONS)
+    assert mutations_to_run(known, known, everything=True) == tuple(MUTATIONS)
+    copy = Path(shutil.copytree(ROOT / "plugins/src", tmp_path / "src"))
+    assert current_key(copy) == current_key()
+    with (copy / "scale_pairs.cuh").open("a", encoding="utf-8") as file:
+        file.write("// changed")
+    assert current_key(copy) != current_key()
 
 
 def test_bank_conflicts_are_counted(base: Path, tmp_path: Path) -> None:
