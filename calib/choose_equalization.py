@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from calib.equalizers import SiteStatistics, scale_from_formula
 from calib.given import GivenWeights
+from calib.graph_weights import GraphWeights
 from calib.hessians import Hessians
 from calib.linears import LinearWeights
 from calib.search_equalization import Consumer, SiteProblem, site_error
@@ -81,7 +82,7 @@ def choose_equalization(
     policy: Policy,
     sites: Sites,
     maxima: Mapping[str, NDArray[np.float32]],
-    weights: LinearWeights,
+    weights: LinearWeights | GraphWeights,
     options: EqualizerOptions,
     hessians: Path | None,
     progress: Progress,
@@ -140,7 +141,7 @@ def _searched_entry(
     site: FoldSite,
     policy: Policy,
     maxima: Mapping[str, NDArray[np.float32]],
-    weights: LinearWeights,
+    weights: LinearWeights | GraphWeights,
     options: EqualizerOptions,
     hessians: Hessians,
 ) -> tuple[SiteEqualization | None, NDArray[np.float32]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from calib.choose_equalization import EqualizerOptions, choose_equalization
+from calib.convolutions import decide_convolutions
 from calib.equalize import closed_form_scale, scale_after_equalization
 from calib.given import GivenWeights
+from calib.graph_weights import GraphWeights
 from calib.hessians import owners_from_sites
-from calib.linears import LinearWeights
+from calib.linears import weights_from_source
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.precision import DEFAULT_EXCLUDE, Choice, chosen_precisions
@@ -72,7 +74,7 @@ class PolicyOptions:
 def decide_policy(
     sites: Sites,
     stats: Stats,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GraphWeights,
     options: PolicyOptions,
     progress: Progress,
     hessians: Path | None = None,
@@ -81,7 +83,7 @@ def decide_policy(
     """Apply the FPTQ rule to every linear and quantize the weights.
 
     Args:
-        sites: Linears and fold sites of the traced graph.
+        sites: Linears, convolutions and fold sites of the graph.
         stats: Covers every linear that is not excluded.
         checkpoint: Read weight by weight.
         options: Thresholds, group size, weight method, exclusions. A model that came with INT4 codes keeps them: group
@@ -102,9 +104,13 @@ def decide_policy(
         check_sequential_given(checkpoint.given)
     rule = Rule(v0=options.v0, v1=options.v1, equalizer=options.equalization.equalizer)
     stats = stats_of_tensors(stats, sites)
-    policy = Policy(model=checkpoint.name, rule=rule, layers=_layers(sites, stats, checkpoint.given, rule, options))
-    if not policy.quantized():
-        reasons = "; ".join(dict.fromkeys(layer.reason for layer in policy.layers.values()))
+    choices = chosen_precisions(sites.paths(), options.exclude, options.precision)
+    layers = _layers(sites, stats, checkpoint.given, rule, options, choices)
+    convolutions = decide_convolutions(sites, stats, choices)
+    policy = Policy(model=checkpoint.name, rule=rule, layers=layers, convolutions=convolutions)
+    if not policy.quantized() and not policy.quantized_convolutions():
+        said = (*(layer.reason for layer in layers.values()), *(entry.reason for entry in convolutions.values()))
+        reasons = "; ".join(dict.fromkeys(said))
         raise UserError(
             checkpoint.name, f"no layer can be quantized ({reasons})", "exclude less, or take another model"
         )
@@ -119,10 +125,14 @@ def decide_policy(
 
 
 def _layers(
-    sites: Sites, stats: Stats, given: GivenWeights | None, rule: Rule, options: PolicyOptions
+    sites: Sites,
+    stats: Stats,
+    given: GivenWeights | None,
+    rule: Rule,
+    options: PolicyOptions,
+    choices: Mapping[str, Choice],
 ) -> dict[str, LayerPolicy]:
     """What every linear runs, by its own input alone; those that stay float come with the reason."""
-    choices = chosen_precisions([linear.path for linear in sites.linears], options.exclude, options.precision)
     layers = {}
     for linear in sites.linears:
         choice = choices.get(linear.path)
@@ -146,7 +156,7 @@ def _equalized(
     policy: Policy,
     sites: Sites,
     stats: Stats,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GraphWeights,
     options: EqualizerOptions,
     hessians: Path | None,
     progress: Progress,
@@ -154,7 +164,7 @@ def _equalized(
     """Fill in the equalization table, and the scales of static inputs that depend on it."""
     if not options.folds_everywhere:
         return policy, None
-    weights = LinearWeights.from_checkpoint(checkpoint)
+    weights = weights_from_source(checkpoint)
     table = choose_equalization(policy, sites, stats.channel_absmax, weights, options, hessians, progress)
     policy = policy.model_copy(update={"equalization": dict(table.entries)})
     scales = scales_of_policy(policy, sites, stats.channel_absmax, weights.read, table.rms)

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from calib.graph_weights import GraphWeights
 from calib.load import Checkpoint, read_tensor, skeleton_from_checkpoint
 from fptq_export.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LinearWeights", "linears_from_model", "weight_from_linear"]
+__all__ = ["LinearWeights", "linears_from_model", "weight_from_linear", "weights_from_source"]
 
 
 def linears_from_model(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -66,3 +67,8 @@ class LinearWeights:
             name = self._tied.get(name, name)
         weight = read_tensor(self.checkpoint, name)
         return (weight.T if path in self._transposed else weight).to(torch.float32).contiguous()
+
+
+def weights_from_source(source: Checkpoint | GraphWeights) -> LinearWeights | GraphWeights:
+    """The weights of whatever is quantized, by the path of their linear."""
+    return source if isinstance(source, GraphWeights) else LinearWeights.from_checkpoint(source)

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calib.convolutions import convolution_arrays, convolution_specs
 from calib.equalize import LinearScales, equalized_weight, scales_from_sites
+from calib.graph_weights import GraphWeights
 from calib.hessians import Hessians
 from calib.layer_arrays import needs_hessian, quantized_arrays, weight_specs
-from calib.linears import LinearWeights
+from calib.linears import LinearWeights, weights_from_source
 from calib.load import Checkpoint
 from calib.sequential import Sequential, sequential_arrays
 from calib.site_scales import SiteScales, scales_of_policy
@@ -33,7 +35,7 @@ def policy_arrays(
     policy: Policy,
     sites: Sites,
     maxima: Maxima,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GraphWeights,
     progress: Progress,
     hessians: Path | None = None,
     site_scales: SiteScales | None = None,
@@ -61,17 +63,19 @@ def policy_arrays(
         UserError: A weight disagrees with the traced graph, or the Hessians that a weight method needs are not there.
             While the arrays are computed: a group scale does not fit float16.
     """
-    weights = LinearWeights.from_checkpoint(checkpoint)
+    weights = weights_from_source(checkpoint)
     if site_scales is None:
         site_scales = scales_of_policy(policy, sites, maxima, weights.read, {})
     scales = scales_from_sites(sites, policy.equalized_sites(), site_scales.equalization)
     small: dict[str, NDArray[Any]] = {f"{site}.equalization": s for site, s in site_scales.equalization.items()}
     small.update({f"{site}.input_rms": rms for site, rms in site_scales.rms.items()})
-    small.update({f"{path}.input_absmax": maxima[path] for path in policy.layers if path in maxima})
+    measured = (path for path in (*policy.layers, *policy.convolutions) if path in maxima)
+    small.update({f"{path}.input_absmax": maxima[path] for path in measured})
     specs = {name: TensorSpec(array.dtype, array.shape) for name, array in small.items()}
     for path, layer in policy.quantized().items():
         _check_shape(path, layer, weights)
         specs.update(weight_specs(path, layer))
+    specs.update(convolution_specs(policy, sites))
     quantizer = _Quantizer(policy, weights, scales)
     if sequential is not None:
         codes = sequential_arrays(policy, sites, small, sequential, quantizer.arrays, progress)
@@ -81,6 +85,8 @@ def policy_arrays(
     def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
         yield from small.items()
         yield from codes
+        if isinstance(checkpoint, GraphWeights):
+            yield from convolution_arrays(policy, sites, checkpoint.read_convolution)
 
     return ArrayStream(specs, arrays())
 
@@ -90,7 +96,7 @@ class _Quantizer:
     """Quantizes the linears of a policy."""
 
     policy: Policy
-    weights: LinearWeights
+    weights: LinearWeights | GraphWeights
     scales: Mapping[str, LinearScales]
 
     def arrays(self, path: str, hessian: torch.Tensor | None) -> dict[str, NDArray[Any]]:
@@ -112,7 +118,7 @@ class _Quantizer:
 def _one_by_one(
     quantizer: _Quantizer,
     read_hessian: Callable[[str], torch.Tensor | None],
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GraphWeights,
     stored: PolicyArrays | None,
     progress: Progress,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -148,7 +154,7 @@ def _hessian_reader(
     return lambda path: matrices.read(path) if path in needing else None
 
 
-def _given_arrays(path: str, checkpoint: Checkpoint) -> Iterator[tuple[str, NDArray[Any]]]:
+def _given_arrays(path: str, checkpoint: Checkpoint | GraphWeights) -> Iterator[tuple[str, NDArray[Any]]]:
     if checkpoint.given is None:
         raise UserError(f"layer {path}", "the model holds no INT4 codes to take over", "choose a weight method")
     codes, scales = checkpoint.given.read(path)
@@ -156,7 +162,7 @@ def _given_arrays(path: str, checkpoint: Checkpoint) -> Iterator[tuple[str, NDAr
     yield f"{path}.weight_scales", scales
 
 
-def _check_shape(path: str, layer: LayerPolicy, weights: LinearWeights) -> None:
+def _check_shape(path: str, layer: LayerPolicy, weights: LinearWeights | GraphWeights) -> None:
     expected, shape = (layer.out_features, layer.in_features), weights.shapes.get(path)
     if shape != expected:
         cause = f"its weight is {shape and list(shape)}, but the traced graph has {list(expected)}"

@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 
 from calib.check_equalization import outdated_code_problems, outdated_scale_problems, table_problems
 from calib.check_policy import policy_problems
+from calib.convolutions import completed_convolutions, convolution_problems
 from calib.equalize import scale_after_equalization
 from calib.equalizers import NEEDS_RMS
 from calib.given import GivenWeights
+from calib.graph_weights import GraphWeights
 from calib.hessians import HESSIANS_FILE, Hessians
-from calib.linears import LinearWeights
+from calib.linears import weights_from_source
 from calib.load import Checkpoint
 from calib.policy_arrays import policy_arrays
 from calib.rule import AUTO_REASON_START, RULE_REASON_START, tier_from_absmax
@@ -40,7 +42,9 @@ __all__ = ["replay_policy"]
 _BY_HAND = "set by hand"
 
 
-def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Progress) -> tuple[Policy, ArrayStream]:
+def replay_policy(
+    path: Path, sites: Sites, checkpoint: Checkpoint | GraphWeights, progress: Progress
+) -> tuple[Policy, ArrayStream]:
     """Read a policy that a person may have edited, and recompute scales and codes from the checkpoint.
 
     What a layer runs is taken from its entry, and how a site is equalized from the table; neither the rule's thresholds
@@ -69,8 +73,8 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
     rms = _known_rms(path, policy, sites, hessians)
     given = checkpoint.given.layers if checkpoint.given is not None else None
     problems = [*policy_problems(policy, sites, maxima, given), *table_problems(policy, sites, maxima, rms)]
-    _raise_if_any(path, problems)
-    scales = scales_of_policy(policy, sites, maxima, LinearWeights.from_checkpoint(checkpoint).read, rms)
+    _raise_if_any(path, [*problems, *convolution_problems(policy, sites, maxima)])
+    scales = scales_of_policy(policy, sites, maxima, weights_from_source(checkpoint).read, rms)
     now = scales.equalization
     outdated = outdated_scale_problems(policy, sites, maxima, now, stored)
     _raise_if_any(path, [*outdated, *outdated_code_problems(policy, sites, now, stored)])
@@ -84,7 +88,8 @@ def replay_policy(path: Path, sites: Sites, checkpoint: Checkpoint, progress: Pr
             layers[name] = _completed(layer, sites.linear(name), measured, scale, policy.rule, checkpoint.given)
         else:
             layers[name] = _float_layer(layer)
-    completed = policy.model_copy(update={"layers": layers})
+    convolutions = completed_convolutions(policy, maxima)
+    completed = policy.model_copy(update={"layers": layers, "convolutions": convolutions})
     before = PolicyArrays(arrays_path(path))
     arrays = policy_arrays(completed, sites, maxima, checkpoint, progress, hessians, scales, stored=before)
     return completed, arrays
@@ -124,24 +129,23 @@ def _known_rms(path: Path, policy: Policy, sites: Sites, hessians: Path | None) 
 
 
 def _maxima_from_arrays(path: Path, sites: Sites) -> Mapping[str, NDArray[np.float32]]:
+    sizes = {linear.path: linear.in_features for linear in sites.linears}
+    sizes.update({found.path: 1 for found in sites.convolutions})
     maxima: dict[str, NDArray[np.float32]] = {}
     try:
         arrays = PolicyArrays(path)
-        for linear in sites.linears:
-            name = f"{linear.path}.input_absmax"
+        for layer in sizes:
+            name = f"{layer}.input_absmax"
             if name in arrays:
-                maxima[linear.path] = arrays.read(name)
+                maxima[layer] = arrays.read(name)
     except SafetensorError as error:
         raise UserError(str(path), f"damaged ({error})", "restore it, or calibrate again") from None
-    for linear in sites.linears:
-        absmax = maxima.get(linear.path)
-        if absmax is None:
-            continue
-        usable = absmax.shape == (linear.in_features,) and absmax.dtype == np.float32
+    for layer, absmax in maxima.items():
+        usable = absmax.shape == (sizes[layer],) and absmax.dtype == np.float32
         if not usable or not np.isfinite(absmax).all() or (absmax < 0).any():
             raise UserError(
                 str(path),
-                f"{linear.path}.input_absmax is not {linear.in_features} finite float32 magnitudes",
+                f"{layer}.input_absmax is not {sizes[layer]} finite float32 magnitudes",
                 "calibrate again: the file belongs to another model or was changed",
             )
     return maxima

@@ -19,7 +19,7 @@ class RunOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    """Hugging Face directory, hub id or `.gguf` file."""
+    """Hugging Face directory, hub id, `.gguf` file, or an ONNX graph (`.onnx`)."""
     output: Path
     """Directory that holds every file of the run."""
     engine: Path | None = None
@@ -74,11 +74,14 @@ class RunOptions(BaseModel):
     """`REGEX=NAME` with `w4a8`, `w4a16`, `w8a8` or `float`; later ones win, also over `exclude`."""
     calib_dataset: str = "builtin"
     """`builtin`, `random`, a .txt, .jsonl, .fasta or .npz file, or a datasets id."""
+    calib_data: Path | None = None
+    """Inputs an ONNX graph is calibrated on: a .npz or .npy file, or a directory of them, one file a batch."""
     calib_size: PositiveInt = 64
     """Samples of `calib_seq` tokens."""
     calib_seq: PositiveInt = 512
     batch_size: NonNegativeInt = 0
-    """Samples in one forward pass of calibration, and in one step of `reconstruct_blocks`; 0 picks one."""
+    """Samples in one forward pass of calibration, and in one step of `reconstruct_blocks`; 0 picks one. For an ONNX
+    graph: samples that files are cut into; 0 leaves a file as it is, unless the graph fixes its batch."""
     seed: NonNegativeInt = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Runs the decoder blocks in calibration: `auto`, `cpu`, `cuda` or `cuda:1`."""
@@ -93,8 +96,11 @@ class RunOptions(BaseModel):
     """Texts an encoder is compared on: `builtin`, a .txt, .jsonl, .fasta or .npz file, or a datasets id."""
     eval_sentences: PositiveInt = 200
     """Texts an encoder is compared on."""
+    eval_data: Path | None = None
+    """Inputs an ONNX graph is compared on, as `calib_data`; None takes those."""
     min_cosine: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Smallest mean cosine of an encoder's text embeddings; below it nothing is published."""
+    """Smallest mean cosine of an encoder's text embeddings, or of an output of an ONNX graph; below it nothing is
+    published."""
     decode_steps: PositiveInt = 16
     """Greedy decode steps compared with the cache carried."""
     max_ppl_increase: NonNegativeFloat | None = None

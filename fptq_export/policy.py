@@ -11,6 +11,9 @@ Arrays, by name:
 | `<layer>.weight_scales` | float16 [out, in/group_size] | group scales |
 | `<layer>.weight_codes` | int8 [out, in] | `w8a8`: INT8 codes of the equalized weight |
 | `<layer>.weight_scales` | float32 [out] | `w8a8`: channel scales; those of rows below 0.0078 are no normal float16 |
+| `<convolution>.weight_codes` | int8, shape of the weight | INT8 codes |
+| `<convolution>.weight_scales` | float32 [out] | channel scales |
+| `<convolution>.input_absmax` | float32 [1] | largest magnitude of the input seen in calibration |
 | `<layer>.input_absmax` | float32 [in] | largest magnitude of each input channel seen in calibration |
 | `<site>.equalization` | float32 [channels] | s of every equalized fold site: x' = x / s |
 | `<site>.input_rms` | float32 [channels] | root mean square of x, for sites whose s is computed from it |
@@ -37,6 +40,7 @@ __all__ = [
     "Activation",
     "ArrayStream",
     "CandidateFigures",
+    "ConvolutionPolicy",
     "EqualizationMethod",
     "Equalizer",
     "LayerPolicy",
@@ -151,6 +155,20 @@ class LayerPolicy(_Model):
         return 16.0 if self.bits_per_weight is None else self.bits_per_weight
 
 
+class ConvolutionPolicy(_Model):
+    """What one convolution runs: `w8a8` (INT8 weights with one scale an output channel, INT8 inputs) or `float`."""
+
+    precision: Literal["w8a8", "float"]
+    reason: str
+    """Why."""
+    weight_shape: tuple[PositiveInt, ...]
+    """As in the graph; empty where the weight is computed and its shape is not known."""
+    input_absmax: float | None = Field(default=None, ge=0.0)
+    """Largest magnitude of the input seen in calibration."""
+    activation_scale: PositiveFloat | None = None
+    """INT8 scale of the input; null in an edited file means `input_absmax` / 127."""
+
+
 class SiteEqualization(_Model):
     """How s of one fold site is computed, channel by channel; consumers then read x' = x / s.
 
@@ -215,10 +233,16 @@ class Policy(_Model):
     layers: dict[str, LayerPolicy]
     equalization: dict[str, SiteEqualization] = Field(default_factory=dict)
     """Site id -> how it is equalized, whatever the tiers of its layers. Sites of `lae_static` layers need no entry."""
+    convolutions: dict[str, ConvolutionPolicy] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    """Path -> what it runs, of graphs that the user gave."""
 
     def quantized(self) -> dict[str, LayerPolicy]:
         """The layers whose weights are integers, by torch path."""
         return {path: layer for path, layer in self.layers.items() if layer.precision != "float"}
+
+    def quantized_convolutions(self) -> dict[str, ConvolutionPolicy]:
+        """The convolutions whose weights are integers, by path."""
+        return {path: entry for path, entry in self.convolutions.items() if entry.precision != "float"}
 
     def equalizations(self) -> dict[str, SiteEqualization]:
         """Every equalized fold site, by id: the table, and LAE where a layer is `lae_static`."""

@@ -1,4 +1,4 @@
-"""`sites.json`: which linears the traced graph has, what each reads, and where an equalization can be folded.
+"""`sites.json`: which linears and convolutions the graph has, what each reads, and where an equalization can be folded.
 
 Written by trace, read by calibration (which linears share an input and may be equalized) and by the rewrites (which
 node and which initializers to touch).
@@ -11,12 +11,13 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from fptq_export.files import read_json_model, write_json_model
 
 __all__ = [
     "SITES_SCHEMA_VERSION",
+    "Convolution",
     "FoldSite",
     "Linear",
     "Producer",
@@ -126,6 +127,28 @@ class UnmatchedLinear(_Model):
     reason: str
 
 
+class Convolution(_Model):
+    """One Conv or ConvTranspose of a graph that a user gave; traced models have none."""
+
+    path: str
+    node: str
+    """Name of the node."""
+    op_type: Literal["Conv", "ConvTranspose"]
+    weight: str
+    """Initializer of the weight; the name of another value where the weight is computed."""
+    weight_shape: tuple[int, ...]
+    """[out, in/group, kernel...]; of a ConvTranspose [in, out/group, kernel...]. Empty where it is not known."""
+    input: str
+    """Value the node reads."""
+    float_reason: str | None = None
+    """Why it must keep the float precision; None for one that may be quantized."""
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the weight that runs along output channels; all of them where the convolution may be quantized."""
+        return 1 if self.op_type == "ConvTranspose" else 0
+
+
 class Sites(_Model):
     """Everything trace learned about the linears of a graph."""
 
@@ -133,6 +156,7 @@ class Sites(_Model):
     linears: tuple[Linear, ...]
     fold_sites: tuple[FoldSite, ...]
     unmatched: tuple[UnmatchedLinear, ...] = ()
+    convolutions: tuple[Convolution, ...] = Field(default=(), exclude_if=lambda found: not found)
     max_sequence: PositiveInt | None = None
     """Most tokens of a sequence that the graph takes, where tracing found a limit (a table of positions)."""
 
@@ -142,6 +166,10 @@ class Sites(_Model):
             if linear.path == path:
                 return linear
         raise KeyError(path)
+
+    def paths(self) -> list[str]:
+        """Paths of all linears that may be quantized, then of all convolutions."""
+        return [*(linear.path for linear in self.linears), *(found.path for found in self.convolutions)]
 
     def site_by_consumer(self) -> dict[str, str]:
         """Path of a linear -> id of the fold site that it reads, extensions included."""

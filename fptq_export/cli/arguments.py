@@ -37,6 +37,7 @@ examples:
   fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
   fptq-export MODEL -o run/ --precision 'down_proj$=w8a8' 'layers\\.0\\.=w4a16'
   fptq-export esm2/ --calib-dataset proteins.fasta --eval-text held-out.fasta --min-cosine 0.97
+  fptq-export unet.onnx --calib-data inputs.npz -o run/ --engine out.plan  any ONNX model
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export MODEL -o run/ --policy auto --effective-bits 5               choose per layer under a budget
@@ -102,7 +103,9 @@ def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("output", nargs="?", metavar="DIR", help="run directory written by the earlier stages")
         parser.add_argument("-o", "--output", dest="output", metavar="DIR", help="the same")
     else:
-        parser.add_argument("model", nargs="?", metavar="MODEL", help="Hugging Face directory, hub id or .gguf file")
+        parser.add_argument(
+            "model", nargs="?", metavar="MODEL", help="Hugging Face directory, hub id, .gguf or .onnx file"
+        )
         parser.add_argument("-m", "--model", dest="model", metavar="MODEL", help="the same")
         parser.add_argument("-o", "--output", metavar="DIR", help="directory for every file [NAME-w4a8]")
     _add_model_options(parser)
@@ -152,6 +155,9 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
         "--calib-dataset",
         metavar="DATA",
         help="builtin, random, a .txt, .jsonl, .fasta or .npz file, or a datasets id [builtin]",
+    )
+    group.add_argument(
+        "--calib-data", metavar="DATA", help="ONNX models: .npz with an array an input, or a directory of them"
     )
     group.add_argument("--calib-size", type=int, metavar="N", help="samples [64]")
     group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
@@ -242,8 +248,12 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decode-steps", type=int, metavar="N", help="greedy steps with the cache carried [16]")
     group.add_argument("--eval-text", metavar="DATA", help="encoders: texts that are compared [builtin]")
     group.add_argument("--eval-sentences", type=int, metavar="N", help="encoders: how many of them [200]")
+    group.add_argument("--eval-data", metavar="DATA", help="ONNX models: inputs that are compared on [--calib-data]")
     group.add_argument(
-        "--min-cosine", type=float, metavar="X", help="encoders: 0.97; a lower mean cosine of embeddings is exit code 3"
+        "--min-cosine",
+        type=float,
+        metavar="X",
+        help="encoders: 0.97; a lower mean cosine of embeddings is exit code 3; ONNX models: of each output",
     )
 
 

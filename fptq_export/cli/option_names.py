@@ -19,6 +19,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--dtype": ("--high-precision-dtype",),
     "--group-size": ("--block-size", "--awq-block-size"),
     "--calib-dataset": ("--dataset", "--calibration-data-path"),
+    "--calib-data": ("--calibration-data", "--load-inputs"),
     "--calib-size": ("--num-samples", "--nsamples", "--num-calib-data"),
     "--calib-seq": ("--seqlen", "--seq-len", "--calib-max-seq-length"),
     "--text": ("--dataset", "--eval-dataset"),

@@ -18,6 +18,7 @@ from calib.batches import CalibrationOptions, TokenBatches, token_batches
 from calib.choose_equalization import EqualizerOptions
 from calib.decide import PolicyOptions, decide_policy
 from calib.devices import device_from_option
+from calib.graph_weights import GraphWeights
 from calib.hessians import hessian_writer, owners_from_sites
 from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
 from calib.observe import Execution, HessianSink, observe
@@ -224,7 +225,7 @@ def _equalizer(options: RunOptions) -> EqualizerOptions:
 
 
 def decide(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GraphWeights,
     sites: Sites,
     options: RunOptions,
     directory: RunDirectory,
@@ -233,7 +234,8 @@ def decide(
 ) -> dict[str, Any]:
     """Choose what every linear runs, quantize its weight, and write both halves of the policy."""
     rule, stats = _policy_options(options), read_stats(directory.stats)
-    sequential = _sequential(checkpoint, options, directory) if quantizes_block_by_block(options) else None
+    walks = quantizes_block_by_block(options) and not isinstance(checkpoint, GraphWeights)
+    sequential = _sequential(checkpoint, options, directory) if walks else None
     policy, arrays = decide_policy(sites, stats, checkpoint, rule, progress, hessians_path, sequential)
     write_policy(policy, arrays, directory.policy)
     return summary_from_policy(policy)
@@ -293,7 +295,9 @@ def _policy_options(options: RunOptions) -> PolicyOptions:
     )
 
 
-def replay(source: Path, checkpoint: Checkpoint, sites: Sites, policy_path: Path, progress: Progress) -> dict[str, Any]:
+def replay(
+    source: Path, checkpoint: Checkpoint | GraphWeights, sites: Sites, policy_path: Path, progress: Progress
+) -> dict[str, Any]:
     """Take an edited policy back in, without calibration."""
     policy, arrays = replay_policy(source, sites, checkpoint, progress)
     write_policy(policy, arrays, policy_path)
@@ -301,7 +305,7 @@ def replay(source: Path, checkpoint: Checkpoint, sites: Sites, policy_path: Path
 
 
 def summary_from_policy(policy: Policy) -> dict[str, Any]:
-    """Layers of each tier and precision, and bits a weight (scales included).
+    """Layers of each tier and precision, convolutions of each precision, and bits a weight (scales included).
 
     `bits_per_weight` is averaged over the quantized weights, `effective_bits` over the weights of all linears.
     """
@@ -309,8 +313,10 @@ def summary_from_policy(policy: Policy) -> dict[str, Any]:
     tiers = {
         tier: sum(layer.activation == tier for layer in quantized) for tier in ("static", "lae_static", "per_token")
     }
+    convolutions = Counter(entry.precision for entry in policy.convolutions.values())
     return {
         "layers": tiers,
+        **({"convolutions": dict(sorted(convolutions.items()))} if convolutions else {}),
         "equalized_sites": dict(Counter(entry.method for entry in policy.equalizations().values())),
         "float_layers": len(policy.layers) - len(quantized),
         "precisions": dict(sorted(Counter(layer.precision for layer in policy.layers.values()).items())),

@@ -25,12 +25,12 @@ from fptq_export.packing import padded_shape
 from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.task_options import check_cache, check_length
-from fptq_export.policy import LayerPolicy, read_policy
+from fptq_export.policy import LayerPolicy, Policy, read_policy
 from fptq_export.progress import Progress
 from fptq_export.rewrite import Lowered, lower_for_plugin, lower_for_tensorrt
 from fptq_export.sites import Sites, read_sites
 
-__all__ = ["build"]
+__all__ = ["build", "check_profile"]
 
 
 def build(
@@ -40,7 +40,7 @@ def build(
     policy = read_policy(directory.policy)
     check_signed_scales(policy, options)
     int4 = {path: layer for path, layer in policy.quantized().items() if layer.precision != "w8a8"}
-    int8 = {path: layer for path, layer in policy.quantized().items() if layer.precision == "w8a8"}
+    int8 = _int8_codes(policy)
     libraries = plugin_libraries(options, target)
     # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.
     with tempfile.TemporaryDirectory(dir=directory.path, prefix=".lowered", suffix=PARTIAL_SUFFIX) as scratch:
@@ -55,7 +55,7 @@ def build(
             log_path=directory.build_log,
             target=target,
             quantized=_int4_codes(int4, lowered),
-            int8={path: layer.in_features * layer.out_features for path, layer in int8.items()},
+            int8=int8,
             profiles=(profile,) if profile is not None else (),
             compute_capabilities=options.compute_capability if target is Target.TENSORRT_RTX else (),
             optimization_level=options.builder_optimization_level,
@@ -72,7 +72,8 @@ def build(
         "engine_layers": len(report.layers),
         "layers_by_type": report.precision.layers_by_type,
         "quantized_linears": report.precision.quantized_linears,
-        "int8_linears": len(int8),
+        "int8_linears": len(int8) - len(policy.quantized_convolutions()),
+        "int8_convolutions": len(policy.quantized_convolutions()),
         "int4_constants": report.precision.int4_constants,
         "unfused": report.precision.unfused,
         "plugin_layers": report.precision.plugin_layers,
@@ -96,6 +97,16 @@ def _cache_length(options: RunOptions) -> int:
     return options.max_kv_len + options.max_input_len
 
 
+def _int8_codes(policy: Policy) -> dict[str, int]:
+    """INT8 codes of each `w8a8` linear and convolution, by path."""
+    linears = {
+        path: layer.in_features * layer.out_features
+        for path, layer in policy.quantized().items()
+        if layer.precision == "w8a8"
+    }
+    return linears | {path: prod(entry.weight_shape) for path, entry in policy.quantized_convolutions().items()}
+
+
 def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str, int]:
     """INT4 codes of each linear of the engine, by path; packed weights are padded to whole tiles.
 
@@ -108,6 +119,15 @@ def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str
         out_features, _ = sizes.get(joint, (0, 0))
         sizes[joint] = (out_features + layer.out_features, layer.in_features)
     return {path: prod(padded_shape(*size) if path in lowered.plugin else size) for path, size in sizes.items()}
+
+
+def check_profile(graph: Path, options: RunOptions) -> None:
+    """Refuse a graph for whose inputs no optimization profile is known, before anything long starts.
+
+    Raises:
+        UserErrors: Names every dimension that nothing is known about.
+    """
+    _profile(graph, Sites(linears=(), fold_sites=()), options)
 
 
 def _profile(graph: Path, sites: Sites, options: RunOptions) -> Profile | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fptq_export.options import RunOptions
+from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.task_options import check_task_options, wanted_task
 from fptq_export.pipeline.tokenizer_files import tokenizer_files
@@ -78,8 +79,8 @@ class RunModels:
 
     @cached_property
     def tokenizer_files(self) -> tuple[Path, ...]:
-        """The tokenizer's files of the given model."""
-        return tokenizer_files(self.given.directory)
+        """The tokenizer's files of the given model; a graph has none."""
+        return () if is_onnx_model(self._options) else tokenizer_files(self.given.directory)
 
     def source_files(self) -> tuple[Path, ...]:
         """What the user gave, as files. A GGUF file is not converted for this: that happens when a stage needs it."""

@@ -16,6 +16,7 @@ from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 
 if TYPE_CHECKING:
+    from calib.graph_weights import GraphWeights
     from calib.load import Checkpoint
 
 __all__ = ["PolicyInputs", "policy_stage"]
@@ -37,7 +38,8 @@ class PolicyInputs:
     tokenizer: tuple[Path, ...]
     hessians: tuple[Path, ...]
     """The Hessians, where there are any."""
-    checkpoint: Callable[[], Checkpoint]
+    checkpoint: Callable[[], Checkpoint | GraphWeights]
+    """What holds the float weights."""
     sites: Callable[[], Sites]
 
 
@@ -98,7 +100,10 @@ def _decide(
 def _decide_by_budget(
     options: RunOptions, directory: RunDirectory, inputs: PolicyInputs, progress: Progress
 ) -> Mapping[str, Any]:
+    from calib.load import Checkpoint
     from fptq_export.pipeline.calibration import decide_by_budget
 
-    hessians = next(iter(inputs.hessians), None)
-    return decide_by_budget(inputs.checkpoint(), inputs.sites(), options, directory, hessians, progress)
+    hessians, checkpoint = next(iter(inputs.hessians), None), inputs.checkpoint()
+    if not isinstance(checkpoint, Checkpoint):
+        raise RuntimeError("--policy auto runs the torch model, and a graph has none")
+    return decide_by_budget(checkpoint, inputs.sites(), options, directory, hessians, progress)

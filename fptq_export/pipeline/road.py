@@ -24,6 +24,8 @@ from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
 from fptq_export.pipeline.check_options import check_options, replays
 from fptq_export.pipeline.environment import environment, library_versions
 from fptq_export.pipeline.models import RunModels, rotated_files, weight_files
+from fptq_export.pipeline.onnx_options import is_onnx_model
+from fptq_export.pipeline.onnx_road import OnnxStages
 from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.policy_stage import PolicyInputs, policy_stage
 from fptq_export.pipeline.run_directory import RunDirectory
@@ -106,6 +108,8 @@ class _Road:
         self._models = RunModels(options, directory, progress)
         self.target = target_from_option(options.target)
         self.stages: Mapping[str, Callable[[], None]] = {name: getattr(self, f"_{name}") for name in ROAD}
+        if is_onnx_model(options):
+            self.stages = {**self.stages, **OnnxStages(options, directory, runner, progress).stages}
 
     @property
     def _replays(self) -> bool:

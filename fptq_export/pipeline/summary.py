@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fptq_export.package.manifest import FileRecord, Manifest
+from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.road import ROAD
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.verify.encoder_report import EncoderReport, report_from_file
+from fptq_export.verify.graph_report import GraphReport, OutputFigures
 
 __all__ = ["print_summary"]
 
@@ -61,6 +63,9 @@ def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     names = {"w4a16": "INT4 weights, float inputs", "w8a8": "INT8 weights and inputs"}
     precisions = record.summary.get("precisions", {})
     rows += [(f"layers, {text}", str(precisions[name])) for name, text in names.items() if name in precisions]
+    if (convolutions := record.summary.get("convolutions")) is not None:
+        text = ", ".join(f"{count} {name}" for name, count in convolutions.items())
+        rows.append(("convolutions", text))
     bits = record.summary["bits_per_weight"]
     if bits is not None:
         rows.append(("bits per quantized weight, scales included", f"{bits:.3f}"))
@@ -88,7 +93,8 @@ def _size_rows(manifest: Manifest) -> list[tuple[str, str]]:
     engine = _bytes(manifest, "build", (_last_name(manifest.options.engine),))
     rows = []
     if full:
-        rows.append((f"model.onnx ({manifest.options.dtype})", f"{full / _MIB:.1f} MiB"))
+        dtype = "" if is_onnx_model(manifest.options) else f" ({manifest.options.dtype})"
+        rows.append((f"model.onnx{dtype}", f"{full / _MIB:.1f} MiB"))
     if full and small:
         rows.append(("model.w4a8.onnx", f"{small / _MIB:.1f} MiB ({small / full:.2f} x)"))
     if full and engine:
@@ -103,6 +109,8 @@ def _accuracy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     report = report_from_file(path)
     if isinstance(report, EncoderReport):
         return _encoder_rows(report)
+    if isinstance(report, GraphReport):
+        return [_output_row(report, found) for found in report.outputs]
     before, after = report.reference_perplexity.perplexity, report.candidate_perplexity.perplexity
     text = f"{report.windows} x {report.window_tokens} tokens of held-out text"
     return [
@@ -128,6 +136,14 @@ def _encoder_rows(report: EncoderReport) -> list[tuple[str, str]]:
     ]
 
 
+def _output_row(report: GraphReport, found: OutputFigures) -> tuple[str, str]:
+    label = f"output {found.name!r} on {report.data}{' (held out)' if report.held_out else ''}"
+    if found.cosine is None:
+        return f"{label}: equal", f"{found.equal:.1%}"
+    sqnr = "exact" if found.sqnr_db is None else f"{found.sqnr_db:.1f} dB"
+    return f"{label}: cosine, SQNR", f"{found.cosine:.4f}, {sqnr}"
+
+
 def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
     record = manifest.stages.get("build")
     if record is None:
@@ -137,6 +153,7 @@ def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("engine layers", str(figures["engine_layers"])),
         ("quantized linears found in the engine, as INT4", str(figures["quantized_linears"])),
         *([("linears found in the engine, as INT8", str(int8))] if (int8 := figures.get("int8_linears")) else []),
+        *([("convolutions found in the engine, as INT8", str(n))] if (n := figures.get("int8_convolutions")) else []),
         ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
         ("of these run by the W4A8 plugin", _plugin_text(figures)),
         ("built with", f"{figures['target']} {figures['library_version']}"),

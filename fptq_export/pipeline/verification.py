@@ -17,6 +17,7 @@ from fptq_export.verify.all_logits import gives_last_only
 from fptq_export.verify.compare import PROMPT_TOKENS, compare_sessions
 from fptq_export.verify.decode import CacheBound
 from fptq_export.verify.encoder_report import EncoderReport, gate_cosine, report_from_file
+from fptq_export.verify.graph_report import GraphReport, gate_outputs
 from fptq_export.verify.last_token import last_token_figures, last_token_rows
 from fptq_export.verify.polygraphy_diff import diff_sessions
 from fptq_export.verify.report import LastTokenFigures, VerifyReport, gate, gate_cache, gate_last_token
@@ -59,10 +60,13 @@ def _last_token_figures(w4a8: Path, window: NDArray[np.int64], options: RunOptio
 
 
 def check_gates(verify_path: Path, options: RunOptions) -> None:
-    """Raises GateError for a wrong cache or last token, too high a perplexity, or embeddings that are too far off."""
+    """Raises GateError for a wrong cache or last token, too high a perplexity, or embeddings or outputs too far off."""
     report = report_from_file(verify_path)
     if isinstance(report, EncoderReport):
         gate_cosine(report, options.min_cosine)
+        return
+    if isinstance(report, GraphReport):
+        gate_outputs(report, options.min_cosine)
         return
     gate_last_token(report)
     gate_cache(report)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fptq_export.errors import PrecisionError
-from fptq_export.policy import LayerPolicy, Policy
+from fptq_export.policy import ConvolutionPolicy, LayerPolicy, Policy
 from fptq_export.rewrite.functions import DOMAIN, FRACTION, PER_TOKEN_QDQ, W4A8_PER_TOKEN
 from fptq_export.sites import Sites
 
@@ -41,10 +41,10 @@ class CheckInvariants(ir.passes.InPlacePass):
         1. Inputs and outputs are those of the original graph.
         2. Node names are unique, and every initializer and node output is used or is an output of the graph.
         3. Every quantized linear has its codes and scales, read by one node: INT4 [in, out] and [in/group_size, out],
-           or INT8 [in, out] and FLOAT [out].
+           or INT8 [in, out] and FLOAT [out]. Every quantized convolution has INT8 codes and FLOAT scales.
         4. No other matrix is INT4 or INT8.
-        5. Every quantized linear reads INT8 activations of its tier, static ones with the scale of the policy; those of
-           `w4a16` linears are not quantized.
+        5. Every quantized linear and convolution reads INT8 activations of its tier, static ones with the scale of the
+           policy; those of `w4a16` linears are not quantized.
 
     Args:
         interface: Inputs and outputs before the first rewrite.
@@ -75,10 +75,13 @@ class CheckInvariants(ir.passes.InPlacePass):
 
     def _weight_faults(self, model: ir.Model) -> list[str]:
         faults = []
-        expected: set[str] = set()
-        for path, layer in self._policy.quantized().items():
-            expected.add(f"{path}.weight_codes")
-            for name, (shape, dtypes) in _weight_arrays(path, layer).items():
+        convolutions = {found.path: found for found in self._sites.convolutions}
+        arrays = {path: _weight_arrays(path, layer) for path, layer in self._policy.quantized().items()}
+        for path, entry in self._policy.quantized_convolutions().items():
+            arrays[path] = _convolution_arrays(path, entry, convolutions[path].channel_axis)
+        expected = {f"{path}.weight_codes" for path in arrays}
+        for path, wanted in arrays.items():
+            for name, (shape, dtypes) in wanted.items():
                 value = model.graph.initializers.get(name)
                 if value is None or value.shape is None:
                     faults.append(f"{path}: initializer {name!r} is missing")
@@ -98,11 +101,13 @@ class CheckInvariants(ir.passes.InPlacePass):
 
     def _activation_faults(self, model: ir.Model) -> list[str]:
         faults = []
-        for path, layer in self._policy.quantized().items():
+        wanted_by_path = {path: _wanted_activation(layer) for path, layer in self._policy.quantized().items()}
+        for path, entry in self._policy.quantized_convolutions().items():
+            wanted_by_path[path] = f"scale {np.float32(entry.activation_scale or 0.0)}"
+        for path, wanted in wanted_by_path.items():
             codes = model.graph.initializers.get(f"{path}.weight_codes")
             if codes is None:
                 continue
-            wanted = _wanted_activation(layer)
             found = {_activation(linear) for linear in _linears(codes)}
             if found != {wanted}:
                 faults.append(f"{path}: its activations are quantized {sorted(found)}, not [{wanted!r}]")
@@ -118,6 +123,17 @@ def _weight_arrays(path: str, layer: LayerPolicy) -> dict[str, tuple[list[int], 
     groups = layer.in_features // (layer.group_size or layer.in_features)
     floats = {ir.DataType.FLOAT16, ir.DataType.FLOAT}
     return {codes: (shape, {ir.DataType.INT4}), scales: ([groups, layer.out_features], floats)}
+
+
+def _convolution_arrays(
+    path: str, entry: ConvolutionPolicy, channel_axis: int
+) -> dict[str, tuple[list[int], set[ir.DataType]]]:
+    """The same of a convolution."""
+    shape = list(entry.weight_shape)
+    return {
+        f"{path}.weight_codes": (shape, {ir.DataType.INT8}),
+        f"{path}.weight_scales": ([shape[channel_axis]], {ir.DataType.FLOAT}),
+    }
 
 
 def _wanted_activation(layer: LayerPolicy) -> str:

@@ -86,9 +86,19 @@ def dequantized_weight(
     )
 
 
-def dequantized_int8_weight(tape: Tape, codes: ir.Value, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """INT8 codes [in, out] and FLOAT channel scales [out] -> weight [in, out] of type T."""
-    return _to(tape, tape.op("DequantizeLinear", [codes, scales], {"axis": 1}), ir.DataType.FLOAT, dtype)
+def dequantized_int8_weight(
+    tape: Tape, codes: ir.Value, scales: ir.Value, dtype: ir.DataType, axis: int = 1
+) -> ir.Value:
+    """INT8 codes and FLOAT channel scales [out] -> weight of type T.
+
+    Args:
+        tape: Where the operators go.
+        codes: [in, out] of a linear, or in the shape of a convolution's weight.
+        scales: [out].
+        dtype: T.
+        axis: Axis of the codes that runs along output channels.
+    """
+    return _to(tape, tape.op("DequantizeLinear", [codes, scales], {"axis": axis}), ir.DataType.FLOAT, dtype)
 
 
 def static_qdq(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value, dtype: ir.DataType) -> ir.Value:

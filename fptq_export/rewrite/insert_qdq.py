@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-from fptq_export.graph_io import lazy_tensor
 from fptq_export.packing import int4_from_packed, packed_from_int4
 from fptq_export.policy import LayerPolicy, Policy, PolicyArrays
 from fptq_export.rewrite.functions import (
@@ -25,12 +23,11 @@ from fptq_export.rewrite.functions import (
     scale_type,
     static_qdq,
 )
+from fptq_export.rewrite.initializers import ZERO_POINT, constant_initializer, element_type, lazy_initializer
 from fptq_export.rewrite.names import UniqueNames
 from fptq_export.sites import Linear, Sites
 
 __all__ = ["InsertQdq"]
-
-_ZERO_POINT = "fptq.zero_point"
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class InsertQdq(ir.passes.InPlacePass):
     def _quantize_weight(
         self, model: ir.Model, node: ir.Node, linear: Linear, layer: LayerPolicy, names: UniqueNames
     ) -> None:
-        dtype = _element_type(model.graph.initializers[linear.weight])
+        dtype = element_type(model.graph.initializers[linear.weight])
         tape = Tape()
         if layer.precision == "w8a8":
             weight = dequantized_int8_weight(tape, *self._int8_weight(model, linear), dtype)
@@ -137,8 +134,8 @@ class InsertQdq(ir.passes.InPlacePass):
             return np.ascontiguousarray(self._arrays.read(codes, shape[::-1]).T)
 
         return (
-            _initializer(model, codes, ir.DataType.INT8, shape, transposed),
-            _initializer(model, scales, ir.DataType.FLOAT, shape[1:], lambda: self._arrays.read(scales, shape[1:])),
+            lazy_initializer(model, codes, ir.DataType.INT8, shape, transposed),
+            lazy_initializer(model, scales, ir.DataType.FLOAT, shape[1:], lambda: self._arrays.read(scales, shape[1:])),
         )
 
     def _codes(self, model: ir.Model, linear: Linear) -> ir.Value:
@@ -149,7 +146,7 @@ class InsertQdq(ir.passes.InPlacePass):
             # Flat: a row of an odd number of codes ends inside a byte.
             return packed_from_int4(int4_from_packed(stored).T.reshape(-1))
 
-        return _initializer(model, name, ir.DataType.INT4, (linear.in_features, linear.out_features), packed)
+        return lazy_initializer(model, name, ir.DataType.INT4, (linear.in_features, linear.out_features), packed)
 
     def _scales(self, model: ir.Model, linear: Linear, group_size: int, dtype: ir.DataType) -> ir.Value:
         name = f"{linear.path}.weight_scales"
@@ -159,7 +156,7 @@ class InsertQdq(ir.passes.InPlacePass):
             stored = self._arrays.read(name, (linear.out_features, groups))
             return np.ascontiguousarray(stored.T.astype(dtype.numpy()))
 
-        return _initializer(model, name, dtype, (groups, linear.out_features), transposed)
+        return lazy_initializer(model, name, dtype, (groups, linear.out_features), transposed)
 
 
 def _activation_is_whole(layer: LayerPolicy) -> bool:
@@ -180,7 +177,7 @@ def _quantized_activation(
     x = node.inputs[0]
     if x is None:
         raise RuntimeError(f"node {node.name!r} has no input")
-    dtype = _element_type(x)
+    dtype = element_type(x)
     tape = Tape()
     factor = None
     if _has_factor(layer):
@@ -190,8 +187,8 @@ def _quantized_activation(
         y = tape.op(PER_TOKEN_QDQ, [x], domain=DOMAIN)
     else:
         scale = np.array(layer.activation_scale, np.float32)
-        scale_value = _constant_initializer(model, f"{path}.activation_scale", scale)
-        y = static_qdq(tape, x, scale_value, _constant_initializer(model, _ZERO_POINT, np.array(0, np.int8)), dtype)
+        scale_value = constant_initializer(model, f"{path}.activation_scale", scale)
+        y = static_qdq(tape, x, scale_value, constant_initializer(model, ZERO_POINT, np.array(0, np.int8)), dtype)
     y.dtype, y.shape = dtype, x.shape
     names.name_nodes(tape.nodes, path)
     model.graph.insert_before(node, tape.nodes)
@@ -202,7 +199,7 @@ def _rescale_product(model: ir.Model, node: ir.Node, factor: ir.Value, path: str
     """Multiply what `node` writes; the result takes its name, and its readers."""
     product = node.outputs[0]
     readers = list(product.uses())
-    dtype = _element_type(product)
+    dtype = element_type(product)
     tape = Tape()
     y = rescaled(tape, product, factor, dtype)
     names.name_nodes(tape.nodes, path)
@@ -213,31 +210,6 @@ def _rescale_product(model: ir.Model, node: ir.Node, factor: ir.Value, path: str
         if output is product:
             model.graph.outputs[index] = y
     y.name, y.dtype, y.shape, product.name = product.name, dtype, product.shape, f"{node.name}.product"
-
-
-def _element_type(value: ir.Value) -> ir.DataType:
-    if value.dtype is None:
-        raise RuntimeError(f"value {value.name!r} has no type")
-    return value.dtype
-
-
-def _initializer(
-    model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[np.generic]]
-) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    value.const_value = lazy_tensor(name, dtype, shape, make)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _constant_initializer(model: ir.Model, name: str, array: NDArray[np.generic]) -> ir.Value:
-    existing = model.graph.initializers.get(name)
-    if existing is not None:
-        return existing
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
 
 
 def _remove_if_unused(model: ir.Model, linear: Linear) -> None:

@@ -4,7 +4,7 @@
    fusions that go with it. First, so that all that follows is checked against the inputs and outputs that remain; after
    the sites were found, which look for the arithmetic that is fused here.
 2. `FoldEqualization`: it changes float weights, which exist only before quantization.
-3. `InsertQdq`: the standard form, `model.qdq.onnx`.
+3. `InsertQdq` for linears, `QuantizeConvolutions` for convolutions: the standard form, `model.qdq.onnx`.
 4. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
 5. Per target, at build time, on a copy that is never written beside the others: `FixCacheLength`. Where the plugin is
    used: `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
@@ -37,6 +37,7 @@ from fptq_export.rewrite.insert_qdq import InsertQdq
 from fptq_export.rewrite.lint_precision import LintPrecision
 from fptq_export.rewrite.lower_to_native import LowerToNative
 from fptq_export.rewrite.lower_to_plugin import LowerToPlugin
+from fptq_export.rewrite.quantize_convolutions import QuantizeConvolutions
 from fptq_export.sites import Sites
 
 __all__ = ["GraphForm", "Lowered", "RewritePaths", "lower_for_plugin", "lower_for_tensorrt", "rewrite"]
@@ -96,6 +97,7 @@ def rewrite(
     }
     FoldEqualization(sites, equalization)(model)
     InsertQdq(sites, policy, arrays)(model)
+    QuantizeConvolutions(sites, policy, arrays)(model)
     check(model)
     with progress.task("Writing the quantized weights", total=None, unit="tensors") as task:
         write_weights(model, data_path(paths.w4a8), lambda done, total: task.update(done, total))

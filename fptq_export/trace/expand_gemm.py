@@ -46,13 +46,14 @@ def _expand(model: ir.Model, node: ir.Node) -> None:
     tape = Tape()
     if node.attributes.get_int("transB", 0) == 1:
         weight = tape.op("Transpose", [weight], {"perm": (1, 0)})
+    before = node.outputs[0]
     y = tape.op("MatMul", [x, weight])
     if bias is not None:
+        y.type, y.shape = before.type, before.shape
         y = tape.op("Add", [y, bias])
     for new in tape.nodes:
         new.metadata_props.update(node.metadata_props)
         new.name = f"{node.name}/{new.op_type}"
-    before = node.outputs[0]
     y.name, y.type, y.shape = before.name, before.type, before.shape
     model.graph.insert_before(node, tape.nodes)
     ir.convenience.replace_all_uses_with(before, y, replace_graph_outputs=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-__all__ = ["LinearNode", "find_linears", "name_linear_nodes", "only_reader"]
+__all__ = ["LinearNode", "find_linears", "linear_or_reason", "name_linear_nodes", "only_reader"]
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _WRAPPER_PREFIX = "wrapped."
@@ -83,7 +83,7 @@ def find_linears(
             case []:
                 reasons[path] = "the traced graph has no MatMul of this linear"
             case [node] if node.op_type == "MatMul":
-                linear = _linear_node(path, node, in_features, out_features)
+                linear = linear_or_reason(path, node, in_features, out_features)
                 if isinstance(linear, str):
                     reasons[path] = linear
                 else:
@@ -100,7 +100,8 @@ def _module_path(node: ir.Node) -> str:
     return _FROM_THE_START.sub("", str(scopes[-2])).removeprefix(_WRAPPER_PREFIX) if len(scopes) >= 2 else ""
 
 
-def _linear_node(path: str, matmul: ir.Node, in_features: int, out_features: int) -> LinearNode | str:
+def linear_or_reason(path: str, matmul: ir.Node, in_features: int, out_features: int) -> LinearNode | str:
+    """The linear that a MatMul computes, with the Add of its bias, or why it is none."""
     weight = matmul.inputs[1]
     transpose = weight.producer() if weight is not None else None
     if transpose is not None and transpose.op_type == "Transpose":

@@ -13,7 +13,7 @@ from fptq_export.trace.find_fold_sites import fold_site_or_reason
 from fptq_export.trace.find_linears import LinearNode, find_linears, name_linear_nodes
 from fptq_export.trace.model_linears import LinearRole
 
-__all__ = ["sites_from_graph"]
+__all__ = ["sites_from_graph", "sites_from_linears"]
 
 
 _NO_ROLE = LinearRole()
@@ -37,6 +37,22 @@ def sites_from_graph(
     linears, unmatched = find_linears(model, modules)
     if not linears:
         raise UserError("model", "has no linear layer that could be quantized", "export a transformer")
+    sites = sites_from_linears(linears, roles)
+    unmatched_linears = tuple(
+        UnmatchedLinear(path=path, in_features=modules[path][0], out_features=modules[path][1], reason=reason)
+        for path, reason in unmatched.items()
+        if roles.get(path, _NO_ROLE).is_linear
+    )
+    return sites.model_copy(update={"unmatched": unmatched_linears})
+
+
+def sites_from_linears(linears: Mapping[str, LinearNode], roles: Mapping[str, LinearRole]) -> Sites:
+    """What each linear shares its input with, and where that can be equalized.
+
+    Args:
+        linears: Every linear of a graph, by path. Their nodes are renamed after the paths.
+        roles: What is special about some of them.
+    """
     name_linear_nodes(linears)
     readers: dict[int, list[LinearNode]] = {}
     for linear in linears.values():
@@ -53,11 +69,6 @@ def sites_from_graph(
             for path, linear in linears.items()
         ),
         fold_sites=tuple(found for found in (*outcome.values(), *extensions) if isinstance(found, FoldSite)),
-        unmatched=tuple(
-            UnmatchedLinear(path=path, in_features=modules[path][0], out_features=modules[path][1], reason=reason)
-            for path, reason in unmatched.items()
-            if roles.get(path, _NO_ROLE).is_linear
-        ),
     )
 
 

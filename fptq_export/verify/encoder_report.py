@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from fptq_export.errors import GateError
 from fptq_export.files import read_json_model
+from fptq_export.verify.graph_report import GRAPH_KIND, GraphReport
 from fptq_export.verify.report import VerifyReport
 
 __all__ = ["CosineFigures", "EncoderReport", "RetrievalFigures", "gate_cosine", "report_from_file"]
@@ -63,12 +64,14 @@ class EncoderReport(_Model):
     retrieval: RetrievalFigures
 
 
-def report_from_file(path: Path) -> VerifyReport | EncoderReport:
+def report_from_file(path: Path) -> VerifyReport | EncoderReport | GraphReport:
     """Read `verify.json` of any model. Raises UserErrors naming every field that is wrong."""
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("kind")
     except (OSError, ValueError, AttributeError):
         kind = None  # the reader below says what is wrong with the file
+    if kind == GRAPH_KIND:
+        return read_json_model(path, GraphReport)
     return read_json_model(path, EncoderReport) if kind == _KIND else read_json_model(path, VerifyReport)
 
 

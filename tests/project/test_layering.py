@@ -19,7 +19,7 @@ LEAVES = frozenset(
 )
 DRIVERS = frozenset({"__main__", "cli", "evaluate", "pipeline"})
 """May import everything; nothing but drivers may import them."""
-STAGES = frozenset({"build", "package", "plugin", "rewrite", "trace", "verify"})
+STAGES = frozenset({"build", "observe", "package", "plugin", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"
 TENSORRT = frozenset({"tensorrt", "tensorrt_rtx"})
 HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx")
