@@ -173,7 +173,8 @@ def _array_problems(arrays: Batch, inputs: Sequence[GraphInput], samples: int | 
         last = array[parts[-1]]
         for axis, (size, wanted) in enumerate(zip(last.shape, item.dims, strict=True)):
             if isinstance(wanted, int) and size != wanted:
-                yield Problem(name, f"dimension {axis} is {array.shape[axis]}, the graph fixes it to {wanted}")
+                takes = f"takes {wanted} at a time" if len(parts) > 1 and axis == 0 else f"fixes it to {wanted}"
+                yield Problem(name, f"dimension {axis} is {array.shape[axis]}, the graph {takes}")
             elif isinstance(wanted, str):
                 known, where = symbols.setdefault(wanted, (size, name))
                 if known != size:

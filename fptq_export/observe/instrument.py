@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
@@ -51,6 +52,7 @@ def instrument_graph(model: ir.Model, watched: Sequence[WatchedTensor]) -> list[
         model.graph.extend(tape.nodes)
         model.graph.outputs.extend(results.values())
         names.append(tuple(value.name or "" for value in results.values()))
+    common.RemoveUnusedNodesPass()(model)
     return names
 
 

@@ -41,24 +41,26 @@ def find_onnx_layers(model: ir.Model) -> OnnxLayers:
            one scale for each output channel cannot be written as a DequantizeLinear (a ConvTranspose in groups).
     """
     found, names = OnnxLayers(), LayerNames()
-    for node in model.graph.all_nodes():
+    for node, owner in _nodes(model.graph):
         if node.domain:
             continue
+        reason = None
+        if owner is not None:
+            reason = f"inside {owner.op_type} node {owner.name!r}, which runs it as the data says: {_KEEPS}"
         if node.op_type in _PRODUCTS:
-            _add_product(found, names, node, _subgraph_reason(model, node))
+            _add_product(found, names, node, reason)
         elif node.op_type in _CONVOLUTIONS:
-            convolution = _convolution(names, node, _subgraph_reason(model, node))
-            found.convolutions.append((node, convolution))
+            found.convolutions.append((node, _convolution(names, node, reason)))
     return found
 
 
-def _subgraph_reason(model: ir.Model, node: ir.Node) -> str | None:
-    graph = node.graph
-    if graph is model.graph:
-        return None
-    owner = graph.parent_node if isinstance(graph, ir.Graph) else None
-    where = f"{owner.op_type} node {owner.name!r}" if owner is not None else "another graph"
-    return f"inside a subgraph of {where}, which runs as often as the data says: {_KEEPS}"
+def _nodes(graph: ir.Graph, owner: ir.Node | None = None) -> Iterator[tuple[ir.Node, ir.Node | None]]:
+    """Every node, and the outermost If, Loop or Scan that it is inside of."""
+    for node in graph:
+        yield node, owner
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _nodes(attribute.as_graph(), owner or node)
 
 
 def _add_product(found: OnnxLayers, names: LayerNames, node: ir.Node, reason: str | None) -> None:

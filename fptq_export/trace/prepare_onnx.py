@@ -35,7 +35,7 @@ def prepare_onnx(model: ir.Model, name: str) -> ir.Model:
         1. An opset below 21 is upgraded by ONNX's version converter.
         2. What depends on constants only is computed by onnx-graphsurgeon, except random numbers and the transposition
            of a weight. Large weights are taken out before and put back after, so they stay on disk.
-        3. Functions of the model are inlined, Identity nodes removed, Gemm written as MatMul and Add.
+        3. Functions of the model are inlined, Identity nodes bypassed, Gemm written as MatMul and Add.
         4. Every node gets a unique name; what nothing reads is dropped.
         5. Inputs and outputs stay.
 
@@ -49,7 +49,7 @@ def prepare_onnx(model: ir.Model, name: str) -> ir.Model:
     strip_trace_metadata(model)
     common.InlinePass()(model)
     common.RemoveInitializersFromInputsPass()(model)
-    common.IdentityEliminationPass()(model)
+    _bypass_identities(model)
     proto, weights = _without_weights(model)
     proto = _folded(_inferred(_upgraded(proto, name), name))
     model = _with_weights(_inferred(proto, name), weights)
@@ -62,6 +62,15 @@ def prepare_onnx(model: ir.Model, name: str) -> ir.Model:
     return model
 
 
+def _bypass_identities(model: ir.Model) -> None:
+    """Let readers of an Identity read its input: exporters write a tied weight so. Subgraphs are left alone."""
+    for node in list(model.graph):
+        source, output = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type == "Identity" and not node.domain and source is not None and not output.is_graph_output():
+            ir.convenience.replace_all_uses_with(output, source)
+            model.graph.remove(node, safe=True)
+
+
 def _without_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
     """The graph with an input in the place of every large initializer, and the initializers."""
     weights: dict[str, ir.TensorProtocol] = {}
@@ -72,6 +81,9 @@ def _without_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Ten
             del model.graph.initializers[name]
             value.const_value = None
             model.graph.inputs.append(value)
+        elif isinstance(tensor, ir.ExternalTensor):
+            # The libraries do not know the directory of the data file.
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
     return ir.to_proto(model), weights
 
 

@@ -50,7 +50,7 @@ class GraphBuilder:
             [helper.make_tensor_value_info(name, FLOAT, dims) for name, dims in outputs.items()],
             self.initializers,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
 def mlp_graph() -> onnx.ModelProto:
