@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fptq_export.files import write_json_model
 from fptq_export.graph_io import data_path
-from fptq_export.observe.data import GraphData, data_from_path, files_from_path, inputs_from_graph
+from fptq_export.observe.data import GraphData, GraphInput, data_from_path, files_from_path, inputs_from_graph
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.check_options import replays
 from fptq_export.pipeline.policy_stage import PolicyInputs, policy_stage
@@ -17,11 +17,9 @@ from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
-from fptq_export.trace.check_onnx import checked_onnx, files_of_onnx, opened_onnx
+from fptq_export.trace.check_onnx import check_onnx, files_of_onnx, opened_onnx
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from calib.graph_weights import GraphWeights
 
 __all__ = ["OnnxStages"]
@@ -49,13 +47,14 @@ class OnnxStages:
         }
 
     @cached_property
-    def _opened(self) -> ir.Model:
-        """The user's graph, to be looked at only."""
-        return opened_onnx(self._source)
+    def _opened(self) -> tuple[tuple[Path, ...], tuple[GraphInput, ...]]:
+        """Files and inputs of the user's graph, which is not kept: it may hold its weights."""
+        model = opened_onnx(self._source)
+        return files_of_onnx(model, self._source), inputs_from_graph(model)
 
     @property
     def _source_files(self) -> tuple[Path, ...]:
-        return files_of_onnx(self._opened, self._source)
+        return self._opened[0]
 
     @cached_property
     def _calib_data(self) -> GraphData:
@@ -70,7 +69,7 @@ class OnnxStages:
     def _data(self, option: str, path: Path | None) -> GraphData:
         if path is None:
             raise RuntimeError(f"{option} is missing")
-        return data_from_path(path, option, inputs_from_graph(self._opened), self._options.batch_size)
+        return data_from_path(path, option, self._opened[1], self._options.batch_size)
 
     def _data_files(self, *names: str) -> tuple[Path, ...]:
         """Files behind options that are given."""
@@ -88,7 +87,7 @@ class OnnxStages:
         from fptq_export.pipeline.engine import check_profile
 
         def run() -> Mapping[str, Any]:
-            checked_onnx(self._source)
+            check_onnx(self._source)
             if self._options.engine is not None:
                 check_profile(self._source, self._options)
             if self._options.calib_data is not None:

@@ -8,7 +8,7 @@ from fptq_export.observe.data import GraphData
 from fptq_export.progress import Progress
 from fptq_export.verify.compare_graphs import compare_graphs
 from fptq_export.verify.graph_report import GraphReport
-from fptq_export.verify.graph_session import OnnxGraphSession
+from fptq_export.verify.graph_session import OnnxGraphSession, session_of_user_graph
 
 __all__ = ["verify_onnx"]
 
@@ -23,7 +23,7 @@ def verify_onnx(source: Path, w4a8: Path, data: GraphData, progress: Progress, *
         progress: Where to report.
         held_out: Whether calibration did not see the data.
     """
-    reference, candidate = OnnxGraphSession(source), OnnxGraphSession(w4a8)
+    reference, candidate = session_of_user_graph(source), OnnxGraphSession(w4a8)
     with progress.task("Comparing outputs", total=data.count, unit="batches") as task:
         outputs = compare_graphs(reference, candidate, reference.outputs, data.batches(), task)
     return GraphReport(

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.graph_io import load_graph
 
-__all__ = ["checked_onnx", "files_of_onnx", "opened_onnx"]
+__all__ = ["check_onnx", "files_of_onnx", "opened_onnx"]
 
 _STANDARD = frozenset({"", "ai.onnx"})
 _KNOWN_DOMAINS = _STANDARD | {"ai.onnx.ml"}
@@ -32,20 +32,22 @@ def opened_onnx(path: Path) -> ir.Model:
     return load_graph(path)
 
 
-def checked_onnx(path: Path) -> ir.Model:
-    """Open the graph of a user and look at it.
+def check_onnx(path: Path) -> None:
+    """Look at the graph of a user.
 
     Raises:
         UserError: The file is missing or not readable, or its weights are.
         UserErrors: The graph is none that can be calibrated and rewritten; everything that is wrong is listed.
     """
-    model = opened_onnx(path)
-    problems = [*_opset_problems(model), *_input_problems(model), *_operator_problems(model)]
-    if not problems:
-        problems = _checker_problems(path)
+    # One after the other: a file may hold its weights, and each of the two reads it whole.
+    problems = _graph_problems(path) or _checker_problems(path)
     if problems:
         raise UserErrors(str(path), problems, _HINT)
-    return model
+
+
+def _graph_problems(path: Path) -> list[Problem]:
+    model = opened_onnx(path)
+    return [*_opset_problems(model), *_input_problems(model), *_operator_problems(model)]
 
 
 def files_of_onnx(model: ir.Model, path: Path) -> tuple[Path, ...]:

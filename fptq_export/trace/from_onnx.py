@@ -10,7 +10,7 @@ from fptq_export.errors import UserError
 from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
-from fptq_export.trace.check_onnx import checked_onnx
+from fptq_export.trace.check_onnx import opened_onnx
 from fptq_export.trace.find_onnx_layers import OnnxLayers, find_onnx_layers
 from fptq_export.trace.find_sites import sites_from_linears
 from fptq_export.trace.prepare_onnx import prepare_onnx
@@ -22,7 +22,7 @@ def trace_onnx(source: Path, model_path: Path, sites_path: Path, progress: Progr
     """Prepare the graph of a user and write it with the map of its layers.
 
     Args:
-        source: The user's file; it is only read.
+        source: The user's file, looked at by `check_onnx`; it is only read.
         model_path: Where `model.onnx` goes; its weights go to `model.onnx.data` beside it, one in memory at a time.
         sites_path: Where `sites.json` goes.
         progress: Where to report.
@@ -32,10 +32,9 @@ def trace_onnx(source: Path, model_path: Path, sites_path: Path, progress: Progr
 
     Raises:
         UserError: The graph cannot be upgraded, or has no layer with a constant weight.
-        UserErrors: It is none that can be calibrated and rewritten.
     """
     with progress.task("Preparing the graph", total=None):
-        model = prepare_onnx(checked_onnx(source), str(source))
+        model = prepare_onnx(opened_onnx(source), str(source))
         sites = sites_from_onnx(model, str(source))
     with progress.task("Writing the weights", total=None, unit="tensors") as writing:
         write_weights(model, data_path(model_path), lambda done, total: writing.update(done, total))

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from fptq_export.errors import UserError, UserErrors
-from fptq_export.trace.check_onnx import checked_onnx, files_of_onnx, opened_onnx
+from fptq_export.trace.check_onnx import check_onnx, files_of_onnx, opened_onnx
 from tests.support.onnx_graphs import GraphBuilder, mlp_graph
 
 
@@ -34,7 +34,8 @@ def with_operator(op_type: str, domain: str, *inputs: str) -> onnx.ModelProto:
 def test_float_graph_is_accepted(tmp_path: Path) -> None:
     """Nothing is wrong with it; it is one file."""
     path = saved(mlp_graph(), tmp_path)
-    assert files_of_onnx(checked_onnx(path), path) == (path,)
+    check_onnx(path)
+    assert files_of_onnx(opened_onnx(path), path) == (path,)
 
 
 def test_data_files_are_listed(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_missing_opset_and_custom_operator_are_reported_together(tmp_path: Path)
     model = with_operator("Swish", "acme", "x")
     del model.opset_import[0]
     with pytest.raises(UserErrors) as caught:
-        checked_onnx(saved(model, tmp_path))
+        check_onnx(saved(model, tmp_path))
     assert [problem.path for problem in caught.value.problems] == ["opset_import", "graph.node 'odd'"]
     assert "custom operator acme::Swish" in str(caught.value)
     assert "no version of the standard operators" in str(caught.value)
@@ -60,7 +61,9 @@ def test_operator_that_is_a_function_of_the_model_is_no_custom_operator(tmp_path
     model = with_operator("Twice", "acme", "x")
     body = [helper.make_node("Add", ["a", "a"], ["b"])]
     model.functions.append(helper.make_function("acme", "Twice", ["a"], ["b"], body, [helper.make_opsetid("", 17)]))
-    assert checked_onnx(saved(model, tmp_path)).functions
+    path = saved(model, tmp_path)
+    check_onnx(path)
+    assert opened_onnx(path).functions
 
 
 def test_quantized_graph_is_refused(tmp_path: Path) -> None:
@@ -70,19 +73,19 @@ def test_quantized_graph_is_refused(tmp_path: Path) -> None:
     codes = graph.op("QuantizeLinear", ["x", scale], "quantize")
     graph.op("DequantizeLinear", [codes, scale], "dequantize", "y")
     with pytest.raises(UserErrors, match="QuantizeLinear: the model is quantized already"):
-        checked_onnx(saved(graph.model({"x": [4]}, {"y": [4]}), tmp_path))
+        check_onnx(saved(graph.model({"x": [4]}, {"y": [4]}), tmp_path))
 
 
 def test_opset_that_is_too_old_is_refused(tmp_path: Path) -> None:
     """No converter knows it."""
     with pytest.raises(UserErrors, match="opset 6 is older than 7"):
-        checked_onnx(saved(GraphBuilder().model({"x": [4]}, {"x": [4]}, opset=6), tmp_path))
+        check_onnx(saved(GraphBuilder().model({"x": [4]}, {"x": [4]}, opset=6), tmp_path))
 
 
 def test_what_the_checker_finds_is_passed_on(tmp_path: Path) -> None:
     """An input that nothing gives is named."""
     with pytest.raises(UserErrors, match="nowhere"):
-        checked_onnx(saved(with_operator("Relu", "", "nowhere"), tmp_path))
+        check_onnx(saved(with_operator("Relu", "", "nowhere"), tmp_path))
 
 
 @pytest.mark.parametrize(("content", "cause"), [(b"PK\x03\x04", "not a readable ONNX file"), (None, "no such file")])
@@ -92,4 +95,4 @@ def test_file_that_is_no_onnx_is_refused(content: bytes | None, cause: str, tmp_
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"user\.onnx: {cause}"):
-        checked_onnx(path)
+        check_onnx(path)
