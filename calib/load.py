@@ -97,7 +97,8 @@ def checkpoint_from_model(
         directory = directory_from_gguf(path, workdir / "checkpoint", progress=progress)
         return checkpoint_from_directory(directory, path.stem, task=task)
     if path.suffix == ".onnx":
-        raise UserError(model, "is an ONNX graph, and this needs a model in torch", "give one, or fptq-export run it")
+        hint = "fptq-export MODEL.onnx --calib-data DATA"
+        raise UserError(model, "is an ONNX graph, and this needs a model in torch", hint)
     if path.exists():
         raise UserError(model, "neither a directory nor a .gguf file", "give the directory that holds config.json")
     if not _HUB_ID.fullmatch(model):

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,15 @@ def data_from_path(path: Path, option: str, inputs: Sequence[GraphInput], batch_
         batch_size: Samples of a batch for graphs that do not fix them; 0 leaves files as they are.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or the graph has another batch size.
         UserErrors: Missing and unknown names, wrong types, ranks and sizes, NaN and infinite values: all of all files.
     """
     files = files_from_path(path, option)
     fixed = {item.dims[0] if item.dims else None for item in inputs}
     first = next(iter(fixed)) if len(fixed) == 1 else None
     samples = first if isinstance(first, int) else (batch_size or None)
+    if batch_size and samples != batch_size:
+        raise UserError(f"--batch-size {batch_size}", f"the graph fixes its batch to {samples}", "leave it out")
     problems, count = [], 0
     for file in files:
         try:
@@ -140,17 +143,13 @@ def _arrays(file: Path, inputs: Sequence[GraphInput]) -> dict[str, NDArray[Any]]
         return {name: loaded[name] for name in loaded.files}
 
 
-def _parts(arrays: Batch, samples: int | None) -> list[slice]:
-    """Slices of the first axis that are a batch each."""
+def _parts(arrays: Batch, samples: int | None) -> list[slice | EllipsisType]:
+    """Slices of the first axis that are a batch each; `...` where all of a file is one."""
     lengths = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
     length = next(iter(lengths)) if len(lengths) == 1 else 0
     if samples is None or length <= samples:
-        return [slice(None)] if all(array.ndim for array in arrays.values()) else [_WHOLE]
+        return [...]
     return [slice(start, start + samples) for start in range(0, length, samples)]
-
-
-_WHOLE: Any = ...
-"""Index of a scalar array, and of any other."""
 
 
 def _array_problems(arrays: Batch, inputs: Sequence[GraphInput], samples: int | None) -> Iterator[Problem]:

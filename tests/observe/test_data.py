@@ -66,6 +66,13 @@ def test_samples_that_do_not_fill_the_last_batch_are_refused(tmp_path: Path) -> 
         data_from_path(path, "--calib-data", (FIXED,))
 
 
+def test_batch_size_that_the_graph_does_not_take_is_refused(tmp_path: Path) -> None:
+    """It is not ignored."""
+    path = saved(tmp_path, image=np.zeros((4, 3), np.float32))
+    with pytest.raises(UserError, match="--batch-size 4: the graph fixes its batch to 2"):
+        data_from_path(path, "--calib-data", (FIXED,), 4)
+
+
 def test_directory_is_a_batch_a_file(tmp_path: Path) -> None:
     """In the order of names; other files are not read."""
     (tmp_path / "notes.txt").write_text("mine")

@@ -18,7 +18,7 @@ from fptq_export.progress import NoProgress
 from fptq_export.sites import Sites
 from fptq_export.trace.from_onnx import trace_onnx
 from tests.support.onnx_graphs import GraphBuilder, mlp_graph, unet_graph
-from tests.support.traced import run
+from tests.support.traced import Traced, run
 
 UPGRADED = 2.0**-20
 """Relative to the largest output: the same float32 operations, which ONNX Runtime may fuse in another way."""
@@ -254,6 +254,21 @@ def test_graph_without_layers_is_refused(tmp_path: Path) -> None:
     """There is nothing to quantize, and the error names the file."""
     with pytest.raises(UserError, match=r"user\.onnx: has no MatMul, Gemm or Conv that could be quantized"):
         traced(one_node("x", op_type="Relu").model({"x": [3]}, {"y": [3]}), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama_fp32", "opt_fp32"])
+def test_traced_model_as_a_users_graph_gives_the_same_sites(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Discovery by operators finds what discovery by torch modules found: linears, biases, fold sites, reasons."""
+    model: Traced = request.getfixturevalue(name)
+    sites = trace_onnx(model.model, tmp_path / "model.onnx", tmp_path / "sites.json", NoProgress())
+
+    def known(found: Sites) -> set[tuple[object, ...]]:
+        return {(item.path, item.bias, item.in_features, item.out_features, item.site) for item in found.linears}
+
+    assert known(sites) == known(model.sites)
+    assert set(sites.fold_sites) == set(model.sites.fold_sites)
 
 
 def test_interface_stays(tmp_path: Path) -> None:
