@@ -18,6 +18,7 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from fptq_export.build.builder_log import last_lines_from_log, messages_from_log
+from fptq_export.build.int8_convolutions import Int8Convolution, check_int8_convolutions, is_of_convolution
 from fptq_export.build.int8_layers import check_int8_layers
 from fptq_export.build.layer_list import EngineLayer, PrecisionReport, check_layers, layers_from_log
 from fptq_export.build.loader_path import loader_environment
@@ -59,6 +60,8 @@ class BuildRequest:
     linears that were fused are one, by their common path."""
     int8: Mapping[str, int] = field(default_factory=dict)
     """Number of INT8 codes (in x out) of each `w8a8` linear, by torch path."""
+    convolutions: Mapping[str, Int8Convolution] = field(default_factory=dict)
+    """The `w8a8` convolutions, by path."""
     profiles: tuple[Profile, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     """`8.9`, `12.0`, ...; empty is the library's own choice, and all that `tensorrt` takes."""
@@ -87,6 +90,8 @@ class BuildReport:
     """Largest resident size of the process that ran TensorRT."""
     layers: tuple[EngineLayer, ...]
     precision: PrecisionReport
+    float_convolutions: tuple[str, ...]
+    """Quantized convolutions that multiply in float what their INT8 codes say, for want of a kernel."""
     warnings: tuple[str, ...]
 
 
@@ -111,7 +116,9 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
         layers = layers_from_log(request.log_path)
         profiles = max(1, len(request.profiles))
         precision = check_layers(layers, request.quantized, profiles, request.plugin, request.fused)
-        check_int8_layers(layers, request.int8, profiles)
+        others = [layer for layer in layers if not is_of_convolution(layer, request.convolutions)]
+        check_int8_layers(others, request.int8, profiles)
+        in_float = check_int8_convolutions(layers, request.convolutions, profiles)
     return BuildReport(
         target=request.target,
         library_version=built.library_version,
@@ -121,6 +128,7 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
         peak_memory_bytes=built.peak_memory_bytes,
         layers=layers,
         precision=precision,
+        float_convolutions=in_float,
         warnings=tuple(messages_from_log(request.log_path, "W")),
     )
 

@@ -22,7 +22,7 @@ __all__ = ["check_int8_layers"]
 
 _INT8 = "Int8"
 _INDICES = frozenset({"Int32", "Int64"})
-_WEIGHTED = re.compile(r"(?P<path>.*)/(MatMul|Conv|ConvTranspose)(_\d+)?")
+_MATMUL = re.compile(r"(?P<path>.*)/MatMul(_\d+)?")
 
 
 def check_int8_layers(layers: Sequence[EngineLayer], int8: Mapping[str, int], profiles: int = 1) -> None:
@@ -63,15 +63,15 @@ def _int8_codes(layer: EngineLayer) -> int:
 def _only_looks_up(layer: EngineLayer) -> bool:
     """Whether a layer takes rows of its table by index: it multiplies nothing, and nothing but indices goes in."""
     kinds = {tensor.datatype for tensor in layer.inputs}
-    return bool(kinds) and kinds <= _INDICES and not _weighted(layer)
+    return bool(kinds) and kinds <= _INDICES and not _matmuls(layer)
 
 
 def _owners(layer: EngineLayer, int8: Mapping[str, int]) -> list[str]:
-    return [path for path in _weighted(layer) if path in int8]
+    return [path for path in _matmuls(layer) if path in int8]
 
 
-def _weighted(layer: EngineLayer) -> list[str]:
-    matches = (_WEIGHTED.fullmatch(node) for node in layer.onnx_nodes)
+def _matmuls(layer: EngineLayer) -> list[str]:
+    matches = (_MATMUL.fullmatch(node) for node in layer.onnx_nodes)
     return list(dict.fromkeys(match["path"] for match in matches if match is not None))
 
 
@@ -88,7 +88,7 @@ def _layer_problems(layer: EngineLayer, owners: Sequence[str], int8: Mapping[str
 def _where_instead(path: str, layers: Sequence[EngineLayer]) -> str:
     """What runs a linear that has lost its INT8 constant."""
     for layer in layers:
-        if path in _weighted(layer):
+        if path in _matmuls(layer):
             kinds = ", ".join(f"{constant.datatype} {list(constant.dims)}" for constant in layer.constants)
             return f"its MatMul is in layer {layer.name} ({layer.type}) with constants {kinds or 'none'}"
     return "no layer names its MatMul"

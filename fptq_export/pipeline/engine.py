@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fptq_export.build.engine import BuildRequest, build_engine
+from fptq_export.build.int8_convolutions import Int8Convolution
 from fptq_export.build.memory_pools import mem_pools_from_option
 from fptq_export.build.profiles import (
     ExplicitShapes,
@@ -40,14 +41,15 @@ def build(
     policy = read_policy(directory.policy)
     check_signed_scales(policy, options)
     int4 = {path: layer for path, layer in policy.quantized().items() if layer.precision != "w8a8"}
-    int8 = _int8_codes(policy)
+    int8 = {path: layer for path, layer in policy.quantized().items() if layer.precision == "w8a8"}
+    sites = read_sites(directory.sites)
     libraries = plugin_libraries(options, target)
     # Packed weights are a copy: it goes where the run has room, under a name that is cleaned up after a kill.
     with tempfile.TemporaryDirectory(dir=directory.path, prefix=".lowered", suffix=PARTIAL_SUFFIX) as scratch:
         graph = Path(scratch) / "lowered.onnx"
         lower = _lower if libraries else _lower_natively
         lowered = lower(directory.w4a8, graph, options)
-        profile = _profile(graph, read_sites(directory.sites), options)
+        profile = _profile(graph, sites, options)
         request = BuildRequest(
             onnx_path=graph,
             weights_dir=graph.parent if libraries else directory.path,
@@ -55,7 +57,8 @@ def build(
             log_path=directory.build_log,
             target=target,
             quantized=_int4_codes(int4, lowered),
-            int8=int8,
+            int8={path: layer.in_features * layer.out_features for path, layer in int8.items()},
+            convolutions=_int8_convolutions(policy, sites),
             profiles=(profile,) if profile is not None else (),
             compute_capabilities=options.compute_capability if target is Target.TENSORRT_RTX else (),
             optimization_level=options.builder_optimization_level,
@@ -72,8 +75,9 @@ def build(
         "engine_layers": len(report.layers),
         "layers_by_type": report.precision.layers_by_type,
         "quantized_linears": report.precision.quantized_linears,
-        "int8_linears": len(int8) - len(policy.quantized_convolutions()),
+        "int8_linears": len(int8),
         "int8_convolutions": len(policy.quantized_convolutions()),
+        "float_convolutions": report.float_convolutions,
         "int4_constants": report.precision.int4_constants,
         "unfused": report.precision.unfused,
         "plugin_layers": report.precision.plugin_layers,
@@ -97,14 +101,13 @@ def _cache_length(options: RunOptions) -> int:
     return options.max_kv_len + options.max_input_len
 
 
-def _int8_codes(policy: Policy) -> dict[str, int]:
-    """INT8 codes of each `w8a8` linear and convolution, by path."""
-    linears = {
-        path: layer.in_features * layer.out_features
-        for path, layer in policy.quantized().items()
-        if layer.precision == "w8a8"
+def _int8_convolutions(policy: Policy, sites: Sites) -> dict[str, Int8Convolution]:
+    quantized = policy.quantized_convolutions()
+    return {
+        found.path: Int8Convolution(found.weight_shape, transposed=found.op_type == "ConvTranspose")
+        for found in sites.convolutions
+        if found.path in quantized
     }
-    return linears | {path: prod(entry.weight_shape) for path, entry in policy.quantized_convolutions().items()}
 
 
 def _int4_codes(layers: Mapping[str, LayerPolicy], lowered: Lowered) -> dict[str, int]:

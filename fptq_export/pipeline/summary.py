@@ -153,11 +153,20 @@ def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("engine layers", str(figures["engine_layers"])),
         ("quantized linears found in the engine, as INT4", str(figures["quantized_linears"])),
         *([("linears found in the engine, as INT8", str(int8))] if (int8 := figures.get("int8_linears")) else []),
-        *([("convolutions found in the engine, as INT8", str(n))] if (n := figures.get("int8_convolutions")) else []),
         ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
         ("of these run by the W4A8 plugin", _plugin_text(figures)),
+        *_convolution_rows(figures),
         ("built with", f"{figures['target']} {figures['library_version']}"),
     ]
+
+
+def _convolution_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not (count := figures.get("int8_convolutions")):
+        return []
+    rows = [("quantized convolutions found in the engine, as INT8", str(count))]
+    if in_float := figures["float_convolutions"]:
+        rows.append(("of these multiplied in float (no INT8 kernel)", str(len(in_float))))
+    return rows
 
 
 def _plugin_text(figures: Mapping[str, Any]) -> str:
