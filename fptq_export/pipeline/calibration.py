@@ -234,8 +234,9 @@ def decide(
 ) -> dict[str, Any]:
     """Choose what every linear runs, quantize its weight, and write both halves of the policy."""
     rule, stats = _policy_options(options), read_stats(directory.stats)
-    walks = quantizes_block_by_block(options) and not isinstance(checkpoint, GraphWeights)
-    sequential = _sequential(checkpoint, options, directory) if walks else None
+    sequential = None
+    if quantizes_block_by_block(options) and not isinstance(checkpoint, GraphWeights):
+        sequential = _sequential(checkpoint, options, directory)
     policy, arrays = decide_policy(sites, stats, checkpoint, rule, progress, hessians_path, sequential)
     write_policy(policy, arrays, directory.policy)
     return summary_from_policy(policy)

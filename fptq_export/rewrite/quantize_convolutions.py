@@ -107,7 +107,7 @@ def _quantized_input(
     zero_point = constant_initializer(model, ZERO_POINT, np.array(0, np.int8))
     tape = Tape()
     y = static_qdq(tape, x, scale, zero_point, element_type(x))
-    y.dtype, y.shape = x.dtype, x.shape
+    y.dtype, y.shape = element_type(x), x.shape
     names.name_nodes(tape.nodes, path)
     model.graph.insert_before(node, tape.nodes)
     return y

@@ -30,7 +30,7 @@ def times(batch: int = 2) -> NDArray[np.int64]:
 
 def saved(directory: Path, name: str = "data.npz", **arrays: NDArray[Any]) -> Path:
     """Write a .npz file."""
-    np.savez(directory / name, **arrays)
+    np.savez(directory / name, allow_pickle=False, **arrays)
     return directory / name
 
 

@@ -254,7 +254,7 @@ def test_bad_input_is_refused_before_calibration(
     x = np.ones((4, 65 if name == "wrong shape" else 64), np.float32)
     if name == "nan":
         x[2, 3] = np.nan
-    np.savez(tmp_path / "x.npz", **{"z" if name == "wrong key" else "x": x})
+    np.savez(tmp_path / "x.npz", allow_pickle=False, **{"z" if name == "wrong key" else "x": x})
     outcome = run_in(tmp_path, command, "--calib-data", tmp_path / "x.npz")
     assert_refused(outcome, *fragments)
     assert not (tmp_path / "run" / "stats.safetensors").exists()
