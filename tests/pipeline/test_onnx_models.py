@@ -11,9 +11,11 @@ import onnx
 import pytest
 from onnx import helper
 
+from fptq_export.build.layer_list import layers_from_log
 from fptq_export.cli import main
 from fptq_export.files import read_json_model
 from fptq_export.numerics import equalization_from_absmax, quantize_weight_rtn, weight_scale_rtn
+from fptq_export.package.manifest import Manifest
 from fptq_export.packing import int4_from_packed
 from fptq_export.policy import PolicyArrays, read_policy
 from fptq_export.sites import read_sites
@@ -152,6 +154,25 @@ def unet_in(directory: Path) -> None:
     """`unet.onnx` and `unet.npz`: two samples for a graph of batch 1."""
     onnx.save(unet_graph(), str(directory / "unet.onnx"))
     save_inputs(directory / "unet.npz", 2, 4, 16, 16)
+
+
+def test_engine_of_a_unet_runs_what_the_policy_says(tmp_path: Path, command: Command) -> None:
+    """INT4 in the MatMul, INT8 in every convolution; those without an INT8 kernel are named, here and in the table."""
+    unet_in(tmp_path)
+    engine = tmp_path / "unet.plan"
+    words = ("--calib-data", tmp_path / "unet.npz", "--engine", engine, "--compute-capability", "8.0")
+    outcome = run_in(tmp_path, command, *words, "--min-cosine", "0.99", model="unet.onnx")
+    assert outcome.code == 0, outcome.err
+    build = read_json_model(tmp_path / "run" / "manifest.json", Manifest).stages["build"].summary
+    assert (build["quantized_linears"], build["int8_convolutions"]) == (1, 4)
+    assert build["float_convolutions"] == ["up1", "up2"]
+    assert "of these multiplied in float" in outcome.out
+    layers = {layer.name: layer for layer in layers_from_log(tmp_path / "run" / "build.log")}
+    for path, shape in (("down1", (16, 4, 3, 3)), ("down2", (32, 16, 3, 3))):
+        (layer,) = (layer for name, layer in layers.items() if name.startswith(f"{path}/Conv"))
+        assert [tensor.datatype for tensor in layer.inputs] == ["Int8"]
+        assert ("Int8", shape) in [(constant.datatype, constant.dims) for constant in layer.constants]
+    assert engine.stat().st_size > 0
 
 
 def test_convolutions_are_chosen_and_replayed_by_patterns(tmp_path: Path, command: Command) -> None:
