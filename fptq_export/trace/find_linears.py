@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-__all__ = ["LinearNode", "find_linears", "linear_or_reason", "name_linear_nodes", "only_reader"]
+__all__ = ["LinearNode", "find_linears", "linear_or_reason", "module_path", "name_linear_nodes", "only_reader"]
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _WRAPPER_PREFIX = "wrapped."
@@ -73,7 +73,7 @@ def find_linears(
     """
     nodes: dict[str, list[ir.Node]] = {path: [] for path in modules}
     for node in model.graph:
-        path = _module_path(node)
+        path = module_path(node)
         if node.op_type in ("MatMul", "Gemm") and path in nodes:
             nodes[path].append(node)
     found: dict[str, LinearNode] = {}
@@ -95,7 +95,8 @@ def find_linears(
     return found, reasons
 
 
-def _module_path(node: ir.Node) -> str:
+def module_path(node: ir.Node) -> str:
+    """Torch path of the module that a node belongs to, by the exporter's metadata; empty where there is none."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "[]"))
     return _FROM_THE_START.sub("", str(scopes[-2])).removeprefix(_WRAPPER_PREFIX) if len(scopes) >= 2 else ""
 
@@ -117,7 +118,7 @@ def linear_or_reason(path: str, matmul: ir.Node, in_features: int, out_features:
 
 def _bias(matmul: ir.Node, out_features: int) -> tuple[ir.Value | None, ir.Node | None]:
     add = only_reader(matmul.outputs[0])
-    if add is None or add.op_type != "Add" or _module_path(add) != _module_path(matmul):
+    if add is None or add.op_type != "Add" or module_path(add) != module_path(matmul):
         return None, None
     for value in add.inputs:
         if value is not None and value.is_initializer() and value.shape == [out_features]:

@@ -6,12 +6,22 @@ import re
 
 import onnx_ir as ir
 
-__all__ = ["LayerNames"]
+from fptq_export.trace.find_linears import module_path
+
+__all__ = ["LayerNames", "name_after_modules"]
 
 _WEIGHT = ".weight"
-_OPERATOR = re.compile(r"[/_.](MatMul|Gemm|Conv|ConvTranspose)(_\d+)?$")
+_WEIGHTED = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+_OPERATOR = re.compile(rf"(/({'|'.join(_WEIGHTED)})(_\d+)?)+$")
 _ODD = re.compile(r"[^\w./:-]+")
 """What would be hard to type in a pattern, or to find in the builder's list of layers."""
+
+
+def name_after_modules(model: ir.Model) -> None:
+    """Name products and convolutions `<torch path>/<operator>` where the exporter's metadata has the path, in place."""
+    for node in model.graph:
+        if node.op_type in _WEIGHTED and not node.domain and (path := module_path(node)):
+            node.name = f"{path}/{node.op_type}"
 
 
 class LayerNames:
@@ -20,7 +30,6 @@ class LayerNames:
     Rules, the first that gives something:
         1. The weight is called `X.weight`, as parameters of torch are: X.
         2. The node's name, without `/` before and `/MatMul` and the like after it.
-        3. The name of the output.
     """
 
     def __init__(self) -> None:
@@ -41,4 +50,4 @@ class LayerNames:
         parameter = weight.name or "" if weight is not None else ""
         if parameter.endswith(_WEIGHT):
             return parameter.removesuffix(_WEIGHT)
-        return _OPERATOR.sub("", node.name or "") or node.outputs[0].name or ""
+        return _OPERATOR.sub("", node.name or "")

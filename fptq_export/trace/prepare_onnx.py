@@ -10,7 +10,9 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from fptq_export.errors import UserError
 from fptq_export.trace.clean_up import strip_trace_metadata
+from fptq_export.trace.clone_shared_vectors import clone_shared_vectors
 from fptq_export.trace.expand_gemm import expand_gemm
+from fptq_export.trace.layer_names import name_after_modules
 from fptq_export.trace.weights import transpose_linear_weights
 
 __all__ = ["prepare_onnx"]
@@ -36,8 +38,10 @@ def prepare_onnx(model: ir.Model, name: str) -> ir.Model:
         2. What depends on constants only is computed by onnx-graphsurgeon, except random numbers and the transposition
            of a weight. Large weights are taken out before and put back after, so they stay on disk.
         3. Functions of the model are inlined, Identity nodes bypassed, Gemm written as MatMul and Add.
-        4. Every node gets a unique name; what nothing reads is dropped.
-        5. Inputs and outputs stay.
+        4. Every node gets a unique name, after its torch module where the exporter noted that; what nothing reads is
+           dropped.
+        5. Norms and biases that share a constant vector get one each.
+        6. Inputs and outputs stay.
 
     Args:
         model: As opened; not to be used afterwards.
@@ -46,6 +50,7 @@ def prepare_onnx(model: ir.Model, name: str) -> ir.Model:
     Raises:
         UserError: The opset cannot be upgraded, or shapes contradict each other.
     """
+    name_after_modules(model)
     strip_trace_metadata(model)
     common.InlinePass()(model)
     common.RemoveInitializersFromInputsPass()(model)
@@ -56,6 +61,7 @@ def prepare_onnx(model: ir.Model, name: str) -> ir.Model:
     model.ir_version = max(model.ir_version, _IR_VERSION)
     expand_gemm(model)
     transpose_linear_weights(model)
+    clone_shared_vectors(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.NameFixPass()(model)

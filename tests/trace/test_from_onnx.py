@@ -110,6 +110,27 @@ def test_large_weight_is_transposed_and_not_loaded_for_folding(tmp_path: Path) -
     assert [node.op_type for node in onnx.load(model, load_external_data=False).graph.node] == ["MatMul"]
 
 
+@pytest.mark.parametrize(
+    ("name", "scopes", "path"),
+    [
+        ("/enc/fc/MatMul", "", "enc/fc"),
+        ("/enc/fc/MatMul_3", "", "enc/fc"),
+        ("node_MatMul_12", "", "node_MatMul_12"),
+        ("node_MatMul_12", "['', 'enc.fc', 'linear']", "enc.fc"),
+        ("a b[0]/MatMul", "", "a_b_0"),
+        ("", "", "node"),
+    ],
+)
+def test_layer_is_named_by_what_is_known_of_it(name: str, scopes: str, path: str, tmp_path: Path) -> None:
+    """The module that torch's exporter notes, or the node's name without its operator."""
+    graph = GraphBuilder()
+    graph.op("MatMul", ["x", graph.weight("val_3", 32, 16)], name, "y")
+    if scopes:
+        graph.nodes[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    _, sites = traced(graph.model({"x": [3, 32]}, {"y": [3, 16]}), tmp_path)
+    assert [item.path for item in sites.linears] == [path]
+
+
 def test_duplicate_node_names_become_unique(tmp_path: Path) -> None:
     """Nodes of one name, or of none, are told apart; so are layers that would have one path."""
     graph = GraphBuilder()
