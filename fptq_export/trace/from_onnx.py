@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import onnx_ir as ir
 
 from fptq_export.errors import UserError
+from fptq_export.files import PARTIAL_SUFFIX
 from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
@@ -16,6 +18,9 @@ from fptq_export.trace.find_sites import sites_from_linears
 from fptq_export.trace.prepare_onnx import prepare_onnx
 
 __all__ = ["sites_from_onnx", "trace_onnx"]
+
+_INLINE_BYTES = 1 << 24
+"""Weights inside the file up to this size stay in memory."""
 
 
 def trace_onnx(source: Path, model_path: Path, sites_path: Path, progress: Progress) -> Sites:
@@ -33,14 +38,26 @@ def trace_onnx(source: Path, model_path: Path, sites_path: Path, progress: Progr
     Raises:
         UserError: The graph cannot be upgraded, or has no layer with a constant weight.
     """
-    with progress.task("Preparing the graph", total=None):
-        model = prepare_onnx(opened_onnx(source), str(source))
-        sites = sites_from_onnx(model, str(source))
-    with progress.task("Writing the weights", total=None, unit="tensors") as writing:
-        write_weights(model, data_path(model_path), lambda done, total: writing.update(done, total))
+    model_path.parent.mkdir(parents=True, exist_ok=True)
+    # A name that is cleaned up after a kill.
+    with tempfile.TemporaryDirectory(dir=model_path.parent, prefix=".inline", suffix=PARTIAL_SUFFIX) as scratch:
+        with progress.task("Preparing the graph", total=None):
+            model = prepare_onnx(_on_disk(opened_onnx(source), Path(scratch)), str(source))
+            sites = sites_from_onnx(model, str(source))
+        with progress.task("Writing the weights", total=None, unit="tensors") as writing:
+            write_weights(model, data_path(model_path), lambda done, total: writing.update(done, total))
     save_graph(model, model_path)
     write_sites(sites, sites_path)
     return sites
+
+
+def _on_disk(model: ir.Model, scratch: Path) -> ir.Model:
+    """The same graph; weights that came inside the file are put on disk, so that each pass need not copy them."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    inline = (tensor.nbytes for tensor in tensors if tensor is not None and not isinstance(tensor, ir.ExternalTensor))
+    if sum(inline) > _INLINE_BYTES:
+        write_weights(model, data_path(scratch / "inline.onnx"))
+    return model
 
 
 def sites_from_onnx(model: ir.Model, name: str) -> Sites:

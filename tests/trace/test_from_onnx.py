@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 from fptq_export.errors import UserError
 from fptq_export.progress import NoProgress
-from fptq_export.sites import Sites
+from fptq_export.sites import FoldSite, Sites
+from fptq_export.trace import from_onnx
 from fptq_export.trace.from_onnx import trace_onnx
 from tests.support.onnx_graphs import GraphBuilder, mlp_graph, unet_graph
 from tests.support.traced import Traced, run
@@ -90,6 +91,18 @@ def test_external_weights_are_read_and_stay_external(tmp_path: Path) -> None:
     assert weight.data_location == TensorProto.EXTERNAL
     assert len(sites.linears) == 2
     assert (tmp_path / "user.data").stat().st_size > 4 * 64 * 128
+
+
+def test_weights_inside_the_file_may_be_put_on_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files come out, and nothing else stays."""
+    expected, _ = traced(mlp_graph(), tmp_path)
+    monkeypatch.setattr(from_onnx, "_INLINE_BYTES", 0)
+    other = tmp_path / "other"
+    other.mkdir()
+    model, _ = traced(mlp_graph(), other)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert model.with_name(name).read_bytes() == expected.with_name(name).read_bytes()
+    assert {path.name for path in other.iterdir()} == {"user.onnx", "model.onnx", "model.onnx.data", "sites.json"}
 
 
 def test_weight_that_constants_give_is_folded(tmp_path: Path) -> None:
@@ -288,8 +301,11 @@ def test_traced_model_as_a_users_graph_gives_the_same_sites(
     def known(found: Sites) -> set[tuple[object, ...]]:
         return {(item.path, item.bias, item.in_features, item.out_features, item.site) for item in found.linears}
 
+    def in_any_order(found: Sites) -> set[FoldSite]:
+        return {site.model_copy(update={"consumers": tuple(sorted(site.consumers))}) for site in found.fold_sites}
+
     assert known(sites) == known(model.sites)
-    assert set(sites.fold_sites) == set(model.sites.fold_sites)
+    assert in_any_order(sites) == in_any_order(model.sites)
 
 
 def test_interface_stays(tmp_path: Path) -> None:
