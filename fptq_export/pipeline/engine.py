@@ -58,7 +58,7 @@ def build(
             target=target,
             quantized=_int4_codes(int4, lowered),
             int8={path: layer.in_features * layer.out_features for path, layer in int8.items()},
-            convolutions=_int8_convolutions(policy, sites),
+            convolutions=_int8_convolutions(policy, sites, lowered),
             profiles=(profile,) if profile is not None else (),
             compute_capabilities=options.compute_capability if target is Target.TENSORRT_RTX else (),
             optimization_level=options.builder_optimization_level,
@@ -92,8 +92,7 @@ def _lower(w4a8: Path, graph: Path, options: RunOptions) -> Lowered:
 
 
 def _lower_natively(w4a8: Path, graph: Path, options: RunOptions) -> Lowered:
-    lower_for_tensorrt(w4a8, graph, _cache_length(options))
-    return Lowered()
+    return lower_for_tensorrt(w4a8, graph, _cache_length(options))
 
 
 def _cache_length(options: RunOptions) -> int:
@@ -101,12 +100,16 @@ def _cache_length(options: RunOptions) -> int:
     return options.max_kv_len + options.max_input_len
 
 
-def _int8_convolutions(policy: Policy, sites: Sites) -> dict[str, Int8Convolution]:
+def _int8_convolutions(policy: Policy, sites: Sites, lowered: Lowered) -> dict[str, Int8Convolution]:
+    """What the layer list must show of each quantized convolution, as it is in the lowered graph."""
     quantized = policy.quantized_convolutions()
+    found = {item.path: item for item in sites.convolutions if item.path in quantized}
     return {
-        found.path: Int8Convolution(found.weight_shape, transposed=found.op_type == "ConvTranspose")
-        for found in sites.convolutions
-        if found.path in quantized
+        path: Int8Convolution(
+            lowered.convolutions.get(path, item.weight_shape),
+            transposed=item.op_type == "ConvTranspose" and path not in lowered.convolutions,
+        )
+        for path, item in found.items()
     }
 
 

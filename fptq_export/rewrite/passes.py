@@ -8,7 +8,7 @@
 4. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
 5. Per target, at build time, on a copy that is never written beside the others: `FixCacheLength`. Where the plugin is
    used: `FuseProjections` while the weights are still in ONNX order, then `LowerToPlugin`, which packs them. Then
-   `LowerToNative` for every linear that is still portable, then `LintPrecision`.
+   `LowerToNative` for every linear that is still portable, `LowerTransposedConvolutions`, then `LintPrecision`.
 
 `CheckInvariants` runs after 3 and 4.
 """
@@ -37,6 +37,7 @@ from fptq_export.rewrite.insert_qdq import InsertQdq
 from fptq_export.rewrite.lint_precision import LintPrecision
 from fptq_export.rewrite.lower_to_native import LowerToNative
 from fptq_export.rewrite.lower_to_plugin import LowerToPlugin
+from fptq_export.rewrite.lower_transposed_convolutions import LowerTransposedConvolutions
 from fptq_export.rewrite.quantize_convolutions import QuantizeConvolutions
 from fptq_export.sites import Sites
 
@@ -62,6 +63,8 @@ class Lowered:
     """Path of a fused linear -> torch paths of the linears it computes."""
     left_alone: Mapping[str, str] = field(default_factory=dict)
     """Torch path -> why the plugin does not run it."""
+    convolutions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Path of a ConvTranspose that became a Conv -> shape of its weight now."""
 
 
 def rewrite(
@@ -110,12 +113,13 @@ def rewrite(
     return brought
 
 
-def lower_for_tensorrt(w4a8: Path, lowered: Path, cache_length: int | None = None) -> None:
+def lower_for_tensorrt(w4a8: Path, lowered: Path, cache_length: int | None = None) -> Lowered:
     """Write the graph a TensorRT without our plugin can build; its weights stay in the data file of `w4a8`.
 
     Args:
         w4a8: `model.w4a8.onnx`.
-        lowered: Where the lowered graph goes. External data locations stay relative to the directory of `w4a8`.
+        lowered: Where the lowered graph goes. External data locations stay relative to the directory of `w4a8`; weights
+            of transposed convolutions, which are rearranged, lie in the graph.
         cache_length: Slots of a static KV cache; None leaves them open, which TensorRT refuses.
 
     Raises:
@@ -125,9 +129,12 @@ def lower_for_tensorrt(w4a8: Path, lowered: Path, cache_length: int | None = Non
     if cache_length is not None:
         FixCacheLength(cache_length)(model)
     LowerToNative()(model)
+    transposed = LowerTransposedConvolutions()
+    transposed(model)
     LintPrecision()(model)
     with atomic_path(lowered) as partial:
         onnx.save(ir.to_proto(model), str(partial), format="protobuf")
+    return Lowered(convolutions=transposed.lowered)
 
 
 def lower_for_plugin(
@@ -149,12 +156,13 @@ def lower_for_plugin(
     model = load_graph(w4a8)
     if cache_length is not None:
         FixCacheLength(cache_length)(model)
-    fuse, to_plugin = FuseProjections(), LowerToPlugin()
+    fuse, to_plugin, transposed = FuseProjections(), LowerToPlugin(), LowerTransposedConvolutions()
     if fuse_projections:
         fuse(model)
     to_plugin(model)
     LowerToNative()(model)
+    transposed(model)
     LintPrecision()(model)
     write_weights(model, data_path(lowered))
     save_graph(model, lowered)
-    return Lowered(to_plugin.lowered, fuse.fused, to_plugin.left_alone)
+    return Lowered(to_plugin.lowered, fuse.fused, to_plugin.left_alone, transposed.lowered)

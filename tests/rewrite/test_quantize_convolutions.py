@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from calib.convolutions import convolution_arrays, convolution_specs, decide_convolutions
-from calib.graph_weights import GraphWeights
-from calib.precision import chosen_precisions
-from calib.stats import Stats
 from fptq_export.errors import PrecisionError
 from fptq_export.graph_io import load_graph
 from fptq_export.numerics import quantize_activation, quantize_weight_int8, static_scale, weight_scale_int8
-from fptq_export.policy import ArrayStream, Policy, PolicyArrays, Rule, arrays_path, write_policy
-from fptq_export.progress import NoProgress
-from fptq_export.rewrite import RewritePaths, rewrite
 from fptq_export.rewrite.check_invariants import CheckInvariants, interface_from_graph
 from fptq_export.rewrite.quantize_convolutions import QuantizeConvolutions
-from fptq_export.sites import Sites
-from fptq_export.trace.from_onnx import trace_onnx
+from tests.support.convolutions import (
+    ABSMAX,
+    Case,
+    decided,
+    initializer,
+    model_of,
+    quantized,
+    random_x,
+    single,
+)
 from tests.support.onnx_graphs import GraphBuilder
-from tests.support.traced import run
 
-ABSMAX = 4.0
-"""Largest input that calibration is said to have seen; larger ones are clipped."""
 SUM_ORDER = 128 * 2.0**-23
 """Fewer than 128 products in float32, in any order, and two scales, relative to the sum of their magnitudes."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A convolution: operator, shape of its weight, attributes, shape of its input."""
-
-    op_type: str
-    weight: tuple[int, ...]
-    x: tuple[int, ...]
-    group: int = 1
-
-    @property
-    def channel_axis(self) -> int:
-        """Axis of output channels in the weight."""
-        return int(self.op_type == "ConvTranspose")
 
 
 CASES = {
@@ -69,77 +48,6 @@ TORCH: dict[tuple[str, int], Callable[..., torch.Tensor]] = {
     ("ConvTranspose", 4): F.conv_transpose2d,
     ("ConvTranspose", 5): F.conv_transpose3d,
 }
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A graph before and after, and what was made of it."""
-
-    model: Path
-    qdq: Path
-    w4a8: Path
-    sites: Sites
-    policy: Policy
-    arrays: PolicyArrays
-
-    @property
-    def graph(self) -> ir.Graph:
-        """The graph afterwards."""
-        return load_graph(self.w4a8).graph
-
-    def outputs(self, *shape: int) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-        """What both make of one random x."""
-        feed = {"x": random_x(*shape)}
-        return run(self.model, feed), run(self.w4a8, feed)
-
-
-def random_x(*shape: int) -> NDArray[np.float32]:
-    """With a few values beyond `ABSMAX`."""
-    return (2 * np.random.default_rng(5).standard_normal(shape)).astype(np.float32)
-
-
-def decided(proto: onnx.ModelProto, directory: Path, *precision: str) -> tuple[Path, Sites, Policy, PolicyArrays]:
-    """Trace a graph and write its policy."""
-    onnx.save(proto, str(directory / "user.onnx"))
-    model = directory / "model.onnx"
-    sites = trace_onnx(directory / "user.onnx", model, directory / "sites.json", NoProgress())
-    stats = Stats({found.path: np.array([ABSMAX], np.float32) for found in sites.convolutions}, 1, "made up")
-    entries = decide_convolutions(sites, stats, chosen_precisions(sites.paths(), (), precision))
-    policy = Policy(model="test", rule=Rule(), layers={}, convolutions=entries)
-    weights = GraphWeights("test", model, sites)
-    arrays = convolution_arrays(policy, sites, weights.read_convolution)
-    path = directory / "policy.json"
-    write_policy(policy, ArrayStream(convolution_specs(policy, sites), arrays), path)
-    return model, sites, policy, PolicyArrays(arrays_path(path))
-
-
-def quantized(proto: onnx.ModelProto, directory: Path, *precision: str) -> Quantized:
-    """Trace, decide and rewrite."""
-    model, sites, policy, arrays = decided(proto, directory, *precision)
-    paths = RewritePaths(model, directory / "model.qdq.onnx", directory / "model.w4a8.onnx")
-    rewrite(paths, sites, policy, arrays, NoProgress())
-    return Quantized(model, paths.qdq, paths.w4a8, sites, policy, arrays)
-
-
-def single(case: Case) -> GraphBuilder:
-    """A graph of one convolution `conv` with a bias."""
-    graph = GraphBuilder()
-    out_features = case.weight[case.channel_axis] * (case.group if case.channel_axis else 1)
-    inputs = ["x", graph.weight("conv.weight", *case.weight), graph.weight("conv.bias", out_features)]
-    graph.op(case.op_type, inputs, "conv", "y", group=case.group)
-    return graph
-
-
-def model_of(graph: GraphBuilder, case: Case, **outputs: list[int | str]) -> onnx.ModelProto:
-    """Its shapes are inferred."""
-    return graph.model({"x": list(case.x)}, {"y": [f"d{axis}" for axis in range(len(case.x))], **outputs})
-
-
-def initializer(graph: ir.Graph, name: str) -> NDArray[Any]:
-    """The values of a constant."""
-    tensor = graph.initializers[name].const_value
-    assert tensor is not None
-    return tensor.numpy()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
