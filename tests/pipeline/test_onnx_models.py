@@ -22,6 +22,7 @@ from fptq_export.sites import read_sites
 from fptq_export.verify.graph_report import GraphReport
 from tests.pipeline.conftest import Command, Outcome
 from tests.support.onnx_graphs import GraphBuilder, mlp_graph, save_inputs, unet_graph
+from tests.support.traced import run
 
 ONNX_FILES = {
     *("manifest.json", "model.onnx", "model.onnx.data", "model.qdq.onnx", "model.w4a8.onnx", "model.w4a8.onnx.data"),
@@ -230,6 +231,44 @@ def test_data_for_a_torch_model_is_refused(tiny_llama_dir: Path, mlp: Path, tmp_
     """Arrays belong to graphs."""
     outcome = command(tiny_llama_dir, "-o", tmp_path / "run", "--calib-data", mlp / "mlp.npz")
     assert_refused(outcome, "--calib-data", "is for .onnx models; use --calib-dataset")
+
+
+def shared_weight() -> onnx.ModelProto:
+    """A norm with outliers before a linear whose weight a look-up and the body of an If read too."""
+    graph = GraphBuilder()
+    gain = np.ones(64, np.float32)
+    gain[5] = 20.0
+    norm = graph.op("LayerNormalization", ["x", graph.constant("gain", gain)], "norm", axis=-1)
+    graph.op("MatMul", [norm, graph.weight("fc.weight", 64, 64)], "fc", "y")
+    graph.op("Gather", ["fc.weight", graph.op("ArgMax", ["x"], "ids", axis=1, keepdims=0)], "look_up", "rows")
+    output = [helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, ["batch", 64])]
+    bodies = {
+        f"{branch}_branch": helper.make_graph(
+            [helper.make_node(op, inputs, ["inner"], name=branch)], branch, [], output
+        )
+        for branch, op, inputs in (("then", "MatMul", ["x", "fc.weight"]), ("else", "Identity", ["x"]))
+    }
+    total = graph.op("ReduceSum", ["x"], "total", keepdims=0)
+    graph.op(
+        "If", [graph.op("Less", [total, graph.constant("limit", np.float32(1e6))], "less")], "choose", "z", **bodies
+    )
+    rows: list[int | str] = ["batch", 64]
+    return graph.model({"x": rows}, {"y": rows, "rows": rows, "z": rows})
+
+
+def test_weight_with_unquantized_readers_is_cloned(tmp_path: Path, command: Command) -> None:
+    """Folding and quantizing change the linear alone: look-up and branch give the bits of the user's file."""
+    onnx.save(shared_weight(), str(tmp_path / "mlp.onnx"))
+    data = save_inputs(tmp_path / "x.npz", 8, 64)
+    outcome = run_in(tmp_path, command, "--calib-data", data)
+    assert outcome.code == 0, outcome.err
+    policy = read_policy(tmp_path / "run" / "policy.json")
+    assert {path: layer.activation for path, layer in policy.layers.items()} == {"fc": "lae_static", "then": None}
+    assert "inside If node 'choose'" in policy.layers["then"].reason
+    feed = {"x": np.load(data)["x"]}
+    before, after = (run(path, feed) for path in (tmp_path / "mlp.onnx", tmp_path / "run" / "model.w4a8.onnx"))
+    assert all(np.array_equal(before[name], after[name]) for name in ("rows", "z"))
+    assert not np.array_equal(before["y"], after["y"])
 
 
 def custom_operator() -> onnx.ModelProto:
