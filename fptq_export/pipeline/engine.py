@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from fptq_export.build.engine import BuildRequest, build_engine
+from fptq_export.build.engine import BuildReport, BuildRequest, build_engine
 from fptq_export.build.int8_convolutions import Int8Convolution
 from fptq_export.build.memory_pools import mem_pools_from_option
 from fptq_export.build.profiles import (
@@ -68,6 +68,12 @@ def build(
             plugin_library=next(iter(libraries), None),
         )
         report = build_engine(request, progress)
+    return _summary(report, lowered, policy)
+
+
+def _summary(report: BuildReport, lowered: Lowered, policy: Policy) -> dict[str, Any]:
+    """Figures of a build for the manifest and the table at the end."""
+    quantized = policy.quantized().values()
     return {
         "target": str(report.target),
         "library_version": report.library_version,
@@ -75,7 +81,7 @@ def build(
         "engine_layers": len(report.layers),
         "layers_by_type": report.precision.layers_by_type,
         "quantized_linears": report.precision.quantized_linears,
-        "int8_linears": len(int8),
+        "int8_linears": sum(layer.precision == "w8a8" for layer in quantized),
         "int8_convolutions": len(policy.quantized_convolutions()),
         "float_convolutions": report.float_convolutions,
         "int4_constants": report.precision.int4_constants,

@@ -8,14 +8,15 @@ from pathlib import Path
 from fptq_export.errors import Problem, UserErrors
 from fptq_export.options import RunOptions
 
-__all__ = ["check_onnx_options", "check_torch_options", "is_onnx_model"]
+__all__ = ["MEANINGLESS", "check_onnx_options", "check_torch_options", "is_onnx_model"]
 
 _SUFFIX = ".onnx"
-_MEANINGLESS = {
+MEANINGLESS = {
     "task": "a graph has the inputs and outputs it has",
     "dtype": "a graph keeps its own types: export it in the type you want",
     "logits": "a graph has the outputs it has",
     "kv_cache": "a graph has the inputs it has",
+    "kv_dtype": "a graph has the inputs it has",
     "rotate": "graphs are not rotated",
     "trust_remote_code": "a graph brings no code",
     "effective_bits": "is for --policy auto, which weighs predicted tokens",
@@ -39,7 +40,10 @@ _MEANINGLESS = {
     "decode_steps": "a graph does not decode",
     "max_ppl_increase": "a graph has no perplexity: use --min-cosine",
     "checkpoint": "checkpoints are written of causal language models only",
+    "checkpoint_format": "checkpoints are written of causal language models only",
+    "checkpoint_per_token": "checkpoints are written of causal language models only",
 }
+"""Option -> why it means nothing for a graph."""
 
 
 def is_onnx_model(options: RunOptions) -> bool:
@@ -82,7 +86,7 @@ def check_torch_options(options: RunOptions) -> None:
 
 
 def _meaningless(options: RunOptions) -> Iterator[Problem]:
-    for name, cause in _MEANINGLESS.items():
+    for name, cause in MEANINGLESS.items():
         if getattr(options, name) != RunOptions.model_fields[name].default:
             yield Problem(_option(name), cause)
     if options.policy == "auto":
