@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from calib.quiet import quiet_transformers
 from fptq_export.errors import UserError
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, task_from_config
+from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, has_halves, is_half, task_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,12 +68,17 @@ def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path
     task = task_from_config(config, wanted, trust_remote_code=trust_remote_code)
     if task is not None:
         return task
+    where = str(directory / "config.json")
+    if wanted is None and has_halves(config):
+        cause = f"model_type {config.model_type!r} is an encoder-decoder, which is two graphs and no single one"
+        raise UserError(where, cause, "name one of them: --task seq2seq-encoder or --task seq2seq-decoder")
     names = {CAUSAL_LM: "causal language model", ENCODER: "encoder"}
-    missing = names[wanted] if wanted is not None else " and no ".join(names.values())
+    both = "encoder-decoder from text to text"
+    missing = " and no ".join((*names.values(), both)) if wanted is None else both if is_half(wanted) else names[wanted]
     raise UserError(
-        str(directory / "config.json"),
+        where,
         f"transformers has no {missing} for model_type {config.model_type!r}",
-        "give a decoder-only language model or an encoder",
+        "give a language model, an encoder, or an encoder-decoder like T5",
     )
 
 

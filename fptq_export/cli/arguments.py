@@ -14,6 +14,7 @@ from fptq_export.cli.eval_arguments import EVAL_EXAMPLES, EVAL_HELP, EVAL_VERB, 
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
+from fptq_export.tasks import HALF_DIRECTORIES
 
 __all__ = ["RUN_VERB", "VERB_HELP", "options_from_namespace", "parser_for_cli", "verb_and_arguments"]
 
@@ -117,7 +118,10 @@ def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--task", metavar="NAME", help="auto, causal-lm or encoder (hidden states, no cache) [what config.json says]"
+        "--task",
+        metavar="NAME",
+        help="auto, causal-lm, encoder (hidden states, no cache), seq2seq (an encoder-decoder, two runs), or one of"
+        " its halves: seq2seq-encoder, seq2seq-decoder [what config.json says]",
     )
     group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
     group.add_argument(
@@ -318,8 +322,12 @@ def _options_of_earlier_run(verb: str, values: Mapping[str, Any]) -> dict[str, A
         raise UserError("DIR", "is missing", f"fptq-export {verb} DIR, with the directory of an earlier run")
     manifest = read_manifest(Path(values["output"]))
     if manifest is None:
-        raise UserError(
-            str(values["output"]), "is not a run directory (no manifest.json)", "run fptq-export MODEL -o there"
+        parts = [name for name in HALF_DIRECTORIES.values() if read_manifest(Path(values["output"]) / name) is not None]
+        hint = (
+            f"give one of its halves: {Path(values['output']) / parts[0]}"
+            if parts
+            else "run fptq-export MODEL -o there"
         )
+        raise UserError(str(values["output"]), "is not a run directory (no manifest.json)", hint)
     earlier = manifest.options.model_dump()
     return {**earlier, "output": values["output"]}

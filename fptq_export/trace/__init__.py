@@ -1,4 +1,4 @@
-"""Trace: a Hugging Face model, decoder or encoder -> `model.onnx` and `sites.json`."""
+"""Trace: a Hugging Face model, decoder, encoder or a half of both -> `model.onnx` and `sites.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
 from fptq_export.stored_tensor import StoredTensor
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task
+from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, Task, gives_hidden_states
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
 from fptq_export.trace.expand_gemm import expand_gemm
 from fptq_export.trace.find_sites import sites_from_graph
@@ -18,6 +18,8 @@ from fptq_export.trace.weights import attach_weights, transpose_linear_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from fptq_export.trace.from_hf import TracedModel
 
 __all__ = ["trace"]
 
@@ -43,7 +45,7 @@ def trace(
         sites_path: Where `sites.json` goes.
         progress: Where to report.
         trust_remote_code: Whether code from the model repository may run.
-        task: A causal language model with its cache, or an encoder.
+        task: A causal language model with its cache, an encoder, or a half of an encoder-decoder.
 
     Returns:
         What was written to `sites_path`.
@@ -51,13 +53,8 @@ def trace(
     Raises:
         UserError: The architecture cannot be traced, has no linear, or needs a tensor the checkpoint lacks.
     """
-    # Imports torch, which the other stages do not need.
-    from fptq_export.trace.encoder_from_hf import traced_encoder_from_config
-    from fptq_export.trace.from_hf import traced_from_config
-
-    from_config = traced_encoder_from_config if task == ENCODER else traced_from_config
     with progress.task("Tracing the model", total=None):
-        traced = from_config(config, dtype, trust_remote_code=trust_remote_code)
+        traced = _traced(config, dtype, task, trust_remote_code)
     graph = traced.graph
     with progress.task("Cleaning the graph", total=None):
         attach_weights(graph, weights, traced.buffers, traced.tied)
@@ -72,3 +69,15 @@ def trace(
     save_graph(graph, model_path)
     write_sites(sites, sites_path)
     return sites
+
+
+def _traced(config: PretrainedConfig, dtype: str, task: Task, trust_remote_code: bool) -> TracedModel:
+    # Imports torch, which the other stages do not need.
+    from fptq_export.trace.decoder_from_hf import traced_decoder_from_config
+    from fptq_export.trace.encoder_from_hf import traced_encoder_from_config
+    from fptq_export.trace.from_hf import traced_from_config
+
+    if gives_hidden_states(task):
+        return traced_encoder_from_config(config, dtype, trust_remote_code=trust_remote_code, task=task)
+    from_config = traced_decoder_from_config if task == SEQ2SEQ_DECODER else traced_from_config
+    return from_config(config, dtype, trust_remote_code=trust_remote_code)

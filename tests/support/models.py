@@ -19,6 +19,7 @@ __all__ = [
     "tiny_gemma",
     "tiny_llama",
     "tiny_opt",
+    "tiny_t5",
 ]
 
 _SIZES: dict[str, Any] = {
@@ -105,4 +106,26 @@ def tiny_esm() -> PretrainedConfig:
         mask_token_id=ESM_MASK,
         pad_token_id=1,
         initializer_range=_SPREAD,
+    )
+
+
+def tiny_t5(*, gated: bool) -> PretrainedConfig:
+    """Relative positions, RMSNorm; T5 1.1 (GELU-gated MLP, plain head) or the original (ReLU, scaled and tied head).
+
+    Two layers where they are gated: the second one is given the position bias of the first.
+    """
+    from transformers import T5Config
+
+    return T5Config(
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2 if gated else 1,
+        num_heads=4,
+        vocab_size=512,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=not gated,
+        decoder_start_token_id=1,
+        pad_token_id=1,
+        eos_token_id=1,
     )

@@ -1,0 +1,65 @@
+"""One run of a tiny T5 1.1: both halves, from config to engines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fptq_export.sites import read_sites
+from tests.support.models import model_once, tiny_t5
+from tests.support.traced import Traced
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    ModelDirFactory = Callable[[PretrainedConfig], Path]
+
+HEAD_SEED = 3
+HALVES = ("encoder", "decoder")
+SHORT = (
+    *("--dtype", "fp32", "--calib-size", "4", "--calib-seq", "64", "--eval-windows", "1", "--eval-seq", "80"),
+    *("--decode-steps", "4", "--eval-sentences", "9"),
+)
+"""Options of a short run; windows are longer than the prompt of the decode comparison."""
+TIERS = ("--v0", "1.5", "--v1", "3")
+"""Thresholds between the magnitudes of the tiny model's inputs, so that each half has all three tiers."""
+
+
+@pytest.fixture(scope="session")
+def t5_dir(make_model_dir: ModelDirFactory) -> Path:
+    """T5 1.1 as its authors store it: config and transformers tie the head, but the file holds another one."""
+    directory = model_once(make_model_dir, tiny_t5(gated=True))
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    if "lm_head.weight" not in tensors:
+        generator = torch.Generator().manual_seed(HEAD_SEED)
+        tensors["lm_head.weight"] = torch.randn(tensors["shared.weight"].shape, generator=generator)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def t5_run(t5_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run/` with both halves, `out.encoder.plan` and `out.decoder.plan` beside it. Not to be changed: copy it."""
+    from fptq_export.cli import main
+
+    directory = tmp_path_factory.mktemp("t5")
+    words = [str(t5_dir), "-o", str(directory / "run"), "--engine", str(directory / "out.plan"), *SHORT, *TIERS]
+    assert main(words) == 0
+    logging.disable(logging.NOTSET)
+    return directory / "run"
+
+
+@pytest.fixture(scope="session")
+def t5_graphs(t5_run: Path, t5_dir: Path) -> dict[str, Traced]:
+    """Half -> its traced graph in FP32."""
+    return {
+        half: Traced(t5_run / half / "model.onnx", read_sites(t5_run / half / "sites.json"), t5_dir, "fp32")
+        for half in HALVES
+    }
