@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from calib.quiet import quiet_transformers
 from fptq_export.errors import UserError
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, has_halves, is_half, task_from_config
+from fptq_export.tasks import CAUSAL_LM, ENCODER, HALF_DIRECTORIES, Task, has_halves, task_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +29,13 @@ MODEL_ERRORS = (
     StrictDataclassError,
 )
 """What transformers raises for a config that it cannot read or build; the errors have no common base."""
+
+
+_NAMES = {
+    CAUSAL_LM: "causal language model",
+    ENCODER: "encoder",
+    **dict.fromkeys(HALF_DIRECTORIES, "encoder-decoder from text to text"),
+}
 
 
 def read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> PreTrainedConfig:
@@ -69,12 +76,14 @@ def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path
     if task is not None:
         return task
     where = str(directory / "config.json")
-    if wanted is None and has_halves(config):
-        cause = f"model_type {config.model_type!r} is an encoder-decoder, which is two graphs and no single one"
-        raise UserError(where, cause, "name one of them: --task seq2seq-encoder or --task seq2seq-decoder")
-    names = {CAUSAL_LM: "causal language model", ENCODER: "encoder"}
-    both = "encoder-decoder from text to text"
-    missing = " and no ".join((*names.values(), both)) if wanted is None else both if is_half(wanted) else names[wanted]
+    if wanted is None and config.is_encoder_decoder:
+        kind = f"model_type {config.model_type!r} is an encoder-decoder"
+        if has_halves(config):
+            hint = "name one of them: --task seq2seq-encoder or --task seq2seq-decoder"
+            raise UserError(where, f"{kind}, which is two graphs and no single one", hint)
+        hint = "give one that does (T5, BART, ...), a language model or an encoder"
+        raise UserError(where, f"{kind} that does not turn text into text, and it is calibrated on text", hint)
+    missing = "causal language model and no encoder" if wanted is None else _NAMES[wanted]
     raise UserError(
         where,
         f"transformers has no {missing} for model_type {config.model_type!r}",

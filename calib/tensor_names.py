@@ -39,7 +39,8 @@ def tensors_of_module(entries: Mapping[str, TensorEntry], module: PreTrainedMode
     """Name tensors as a model does, by transformers' own renamings, and leave out what it does not have.
 
     Files of models with a head carry a prefix (`bert.`), files of bare models do not; both name some tensors as older
-    versions did (`LayerNorm.gamma`). Of the body of an encoder, heads and poolers are left out.
+    versions did (`LayerNorm.gamma`). Of the body of an encoder, heads and poolers are left out. Of tied tensors a file
+    may hold any; the name that the others are tied to is always there.
 
     Args:
         entries: By name in the files.
@@ -54,7 +55,8 @@ def tensors_of_module(entries: Mapping[str, TensorEntry], module: PreTrainedMode
         name, converted = rename_source_key(stored, renamings, converters, module.base_model_prefix, wanted)
         if name in wanted and converted is None:
             found[name] = entry
-    return found
+    tied = module.get_expanded_tied_weights_keys(all_submodels=True)
+    return found | {source: found[name] for name, source in tied.items() if name in found and source not in found}
 
 
 def is_outside_body(name: str, body: PreTrainedModel) -> bool:

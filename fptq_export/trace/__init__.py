@@ -14,6 +14,7 @@ from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, Task, gives_hidden_sta
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
 from fptq_export.trace.expand_gemm import expand_gemm
 from fptq_export.trace.find_sites import sites_from_graph
+from fptq_export.trace.share_tied_weights import share_tied_weights
 from fptq_export.trace.weights import attach_weights, transpose_linear_weights
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def trace(
         traced = _traced(config, dtype, task, trust_remote_code)
     graph = traced.graph
     with progress.task("Cleaning the graph", total=None):
+        share_tied_weights(graph, weights, traced.tied)
         attach_weights(graph, weights, traced.buffers, traced.tied)
         expand_gemm(graph)
         transpose_linear_weights(graph)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -126,14 +125,3 @@ def test_a_verb_on_the_directory_of_both_names_the_halves(t5_run: Path, tmp_path
     refused = command("eval", t5_run / "decoder")
     assert refused.code == 1
     assert "fptq-export verify" in refused.err
-
-
-def test_other_encoder_decoders_are_refused_by_name(make_model_dir: Any, tmp_path: Path, command: Command) -> None:
-    """What is spoken, not written, is no text to calibrate on: Whisper says so before any long work."""
-    directory = tmp_path / "whisper"
-    directory.mkdir()
-    config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True}
-    (directory / "config.json").write_text(json.dumps(config))
-    outcome = command(directory, "-o", tmp_path / "run")
-    assert outcome.code == 1
-    assert "whisper" in outcome.err
