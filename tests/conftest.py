@@ -58,14 +58,13 @@ def trace_once() -> Iterator[None]:
 
     Whatever gives a model asks for it.
     """
-    from fptq_export.trace import encoder_from_hf, from_hf
+    from fptq_export.trace import decoder_from_hf, encoder_from_hf, from_hf
     from tests.support.trace_once import remembered
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(from_hf, "traced_from_config", remembered(from_hf.traced_from_config))
-        patch.setattr(
-            encoder_from_hf, "traced_encoder_from_config", remembered(encoder_from_hf.traced_encoder_from_config)
-        )
+        for module, task in ((from_hf, ""), (encoder_from_hf, "encoder_"), (decoder_from_hf, "decoder_")):
+            name = f"traced_{task}from_config"
+            patch.setattr(module, name, remembered(getattr(module, name)))
         yield
 
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     ModelDirFactory = Callable[[PretrainedConfig], Path]
 
-HEAD_SEED = 3
+HEAD_SEED, HEAD_SPREAD = 3, 0.15
 HALVES = ("encoder", "decoder")
 SHORT = (
     *("--dtype", "fp32", "--calib-size", "4", "--calib-seq", "64", "--eval-windows", "1", "--eval-seq", "80"),
     *("--decode-steps", "4", "--eval-sentences", "9"),
 )
 """Options of a short run; windows are longer than the prompt of the decode comparison."""
-TIERS = ("--v0", "1.5", "--v1", "3")
+TIERS = ("--v0", "3", "--v1", "6")
 """Thresholds between the magnitudes of the tiny model's inputs, so that each half has all three tiers."""
 
 
@@ -39,7 +39,8 @@ def t5_dir(make_model_dir: ModelDirFactory) -> Path:
     tensors = load_file(file)
     if "lm_head.weight" not in tensors:
         generator = torch.Generator().manual_seed(HEAD_SEED)
-        tensors["lm_head.weight"] = torch.randn(tensors["shared.weight"].shape, generator=generator)
+        head = torch.randn(tensors["shared.weight"].shape, generator=generator)
+        tensors["lm_head.weight"] = head * HEAD_SPREAD
         save_file(tensors, file, metadata={"format": "pt"})
     return directory
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from calib.batches import TokenBatches
 from calib.halves import calibrated_model_from_checkpoint, paths_of_task, source_and_target
-from calib.linears import linears_from_model
-from calib.load import checkpoint_from_directory, skeleton_from_checkpoint
+from calib.linears import LinearWeights, linears_from_model
+from calib.load import checkpoint_from_directory, read_tensor, skeleton_from_checkpoint
 from calib.observe import HessianSink, observe
 from calib.stream import BlockStream
 from fptq_export.progress import NoProgress
 from fptq_export.tasks import SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, Task
 from tests.support.halves import seq2seq_model
+from tests.support.models import model_once, tiny_t5
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    ModelDirFactory = Callable[[PretrainedConfig], Path]
 
 SUM_ORDER = 128 * 2.0**-24
 """Sums over at most 128 terms in another order, relative to the largest: other matrix shapes."""
@@ -65,16 +74,17 @@ def _whole(directory: Path, task: Task, linears: list[str]) -> dict[str, NDArray
 
 
 @pytest.mark.parametrize("task", [SEQ2SEQ_ENCODER, SEQ2SEQ_DECODER])
-def test_block_by_block_measures_what_the_whole_model_reads(t5_dir: Path, task: Task) -> None:
+def test_block_by_block_measures_what_the_whole_model_reads(make_model_dir: ModelDirFactory, task: Task) -> None:
     """Maxima and second moments; the second block is given the position bias that the first one made."""
-    checkpoint = checkpoint_from_directory(t5_dir, "t5", task=task)
+    directory = model_once(make_model_dir, tiny_t5(gated=True, decoder_layers=2))
+    checkpoint = checkpoint_from_directory(directory, "t5", task=task)
     linears = paths_of_task(checkpoint, linears_from_model(skeleton_from_checkpoint(checkpoint)))
     hessians: dict[str, torch.Tensor] = {}
     sink = HessianSink({path: path for path in linears}, hessians.__setitem__)
     load = partial(calibrated_model_from_checkpoint, checkpoint, torch.float32)
     batches = TokenBatches(WINDOWS, "test", "0")
     stats = observe(load, batches, linears, NoProgress(), 2, sink)
-    inputs = _whole(t5_dir, task, linears)
+    inputs = _whole(directory, task, linears)
     assert stats.channel_absmax.keys() == inputs.keys() == set(linears)
     assert ("lm_head" in linears) == (task == SEQ2SEQ_DECODER)
     for path, x in inputs.items():
@@ -101,3 +111,15 @@ def test_the_first_block_runs_once_more_only_where_others_read_its_outputs(
     monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: calls.append(0) or forward(*args, **kwargs))
     BlockStream(load, torch.from_numpy(WINDOWS), 1, head=True)
     assert len(calls) == runs
+
+
+def test_a_file_may_hold_any_of_its_tied_tensors(make_model_dir: ModelDirFactory, tmp_path: Path) -> None:
+    """The embedding under the decoder's name only, as some converters write it, is found under all of its names."""
+    original = model_once(make_model_dir, tiny_t5(gated=True, decoder_layers=2))
+    copy = Path(shutil.copytree(original, tmp_path / "t5"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["decoder.embed_tokens.weight"] = embedding = tensors.pop("shared.weight")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = checkpoint_from_directory(copy, "t5", task=SEQ2SEQ_DECODER)
+    for weight in (read_tensor(checkpoint, "shared.weight"), LinearWeights.from_checkpoint(checkpoint).read("lm_head")):
+        assert torch.equal(weight, embedding)

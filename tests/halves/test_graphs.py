@@ -13,7 +13,7 @@ from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import FP32_LOGITS, Traced, encoder_feed, run
 
 Graphs = dict[str, Traced]
-LAYERS = 2
+LAYERS = {"encoder": 2, "decoder": 1}
 
 
 def _ids(batch: int, tokens: int, seed: int = 0) -> NDArray[np.int64]:
@@ -32,7 +32,7 @@ def _assert_equal(actual: NDArray[np.float32], expected: NDArray[np.float32]) ->
 def test_the_decoder_has_the_promised_inputs_and_outputs(t5_graphs: Graphs) -> None:
     """Tokens, what the encoder gave and its mask, and the cache of self-attention alone."""
     graph = load_graph(t5_graphs["decoder"].model).graph
-    cache = [f"{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
+    cache = [f"{layer}.{part}" for layer in range(LAYERS["decoder"]) for part in ("key", "value")]
     past, present = (["batch", "4", length, "16"] for length in ("past", "past + sequence"))
     inputs = {value.name: (value.dtype, [str(dim) for dim in value.shape or ()]) for value in graph.inputs}
     assert inputs == {
@@ -87,11 +87,13 @@ def test_sites_are_found_without_a_table(t5_graphs: Graphs) -> None:
     attention, layer = "SelfAttention", "layer.0"
     for half, kinds in (("encoder", ["norm"] * 2), ("decoder", ["norm"] * 3)):
         sites = t5_graphs[half].sites
-        found = [site.kind for site in sites.fold_sites]
-        last = ["norm"] if half == "decoder" else []
-        assert found == [*(kind for _ in range(LAYERS) for kind in (*kinds, "gated_mlp")), *last] + [
-            "attention_value"
-        ] * LAYERS * (len(kinds) - 1)
+        head = ["norm"] if half == "decoder" else []
+        values = ["attention_value"] * (len(kinds) - 1)
+        assert [site.kind for site in sites.fold_sites] == [
+            *([*kinds, "gated_mlp"] * LAYERS[half]),
+            *head,
+            *values * LAYERS[half],
+        ]
         first = sites.site(f"{half}.block.0.{layer}.layer_norm")
         assert first.consumers == tuple(f"{half}.block.0.{layer}.{attention}.{name}" for name in "qkv")
         assert sites.unmatched == ()
@@ -100,7 +102,7 @@ def test_sites_are_found_without_a_table(t5_graphs: Graphs) -> None:
 def test_what_crosses_the_graphs_is_left_alone(t5_graphs: Graphs) -> None:
     """Keys and values of the source come from another graph, whose last norm therefore is no site either."""
     decoder = t5_graphs["decoder"].sites
-    for layer in range(LAYERS):
+    for layer in range(LAYERS["decoder"]):
         for name in "kv":
             linear = decoder.linear(f"decoder.block.{layer}.layer.1.EncDecAttention.{name}")
             assert linear.site is None

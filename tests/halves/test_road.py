@@ -26,8 +26,8 @@ from tests.support.traced import encoder_feed, run
 
 __all__ = ["command"]
 
-LINEARS = {"encoder": 14, "decoder": 22}
-"""Of two layers: q, k, v, o and three of the MLP; the decoder has q, k, v, o once more, for the source."""
+LINEARS = {"encoder": 2 * 7, "decoder": 11}
+"""Of a layer q, k, v, o and three of the MLP; the decoder has q, k, v, o once more, for the source."""
 
 
 @pytest.mark.parametrize("half", HALVES)

@@ -109,10 +109,10 @@ def tiny_esm() -> PretrainedConfig:
     )
 
 
-def tiny_t5(*, gated: bool) -> PretrainedConfig:
+def tiny_t5(*, gated: bool, decoder_layers: int = 1) -> PretrainedConfig:
     """Relative positions, RMSNorm; T5 1.1 (GELU-gated MLP, plain head) or the original (ReLU, scaled and tied head).
 
-    Two layers where they are gated: the second one is given the position bias of the first.
+    Two encoder layers where they are gated: the second one is given the position bias of the first.
     """
     from transformers import T5Config
 
@@ -121,6 +121,7 @@ def tiny_t5(*, gated: bool) -> PretrainedConfig:
         d_kv=16,
         d_ff=128,
         num_layers=2 if gated else 1,
+        num_decoder_layers=decoder_layers,
         num_heads=4,
         vocab_size=512,
         feed_forward_proj="gated-gelu" if gated else "relu",
