@@ -35,6 +35,12 @@ SUM_ORDER = 128 * 2.0**-24
 WINDOWS = np.random.default_rng(0).integers(2, 512, (3, 14))
 
 
+@pytest.fixture(scope="module")
+def deep_dir(make_model_dir: ModelDirFactory) -> Path:
+    """A T5 1.1 of two layers in each half."""
+    return model_once(make_model_dir, tiny_t5(gated=True, layers=2))
+
+
 @pytest.mark.parametrize(
     ("seq", "end", "start", "source", "target"),
     [
@@ -74,17 +80,16 @@ def _whole(directory: Path, task: Task, linears: list[str]) -> dict[str, NDArray
 
 
 @pytest.mark.parametrize("task", [SEQ2SEQ_ENCODER, SEQ2SEQ_DECODER])
-def test_block_by_block_measures_what_the_whole_model_reads(make_model_dir: ModelDirFactory, task: Task) -> None:
+def test_block_by_block_measures_what_the_whole_model_reads(deep_dir: Path, task: Task) -> None:
     """Maxima and second moments; the second block is given the position bias that the first one made."""
-    directory = model_once(make_model_dir, tiny_t5(gated=True, decoder_layers=2))
-    checkpoint = checkpoint_from_directory(directory, "t5", task=task)
+    checkpoint = checkpoint_from_directory(deep_dir, "t5", task=task)
     linears = paths_of_task(checkpoint, linears_from_model(skeleton_from_checkpoint(checkpoint)))
     hessians: dict[str, torch.Tensor] = {}
     sink = HessianSink({path: path for path in linears}, hessians.__setitem__)
     load = partial(calibrated_model_from_checkpoint, checkpoint, torch.float32)
     batches = TokenBatches(WINDOWS, "test", "0")
     stats = observe(load, batches, linears, NoProgress(), 2, sink)
-    inputs = _whole(directory, task, linears)
+    inputs = _whole(deep_dir, task, linears)
     assert stats.channel_absmax.keys() == inputs.keys() == set(linears)
     assert ("lm_head" in linears) == (task == SEQ2SEQ_DECODER)
     for path, x in inputs.items():
@@ -96,12 +101,12 @@ def test_block_by_block_measures_what_the_whole_model_reads(make_model_dir: Mode
         np.testing.assert_allclose(actual, moments, rtol=0.0, atol=len(x) * SUM_ORDER * moments.max(), err_msg=path)
 
 
-@pytest.mark.parametrize(("model", "runs"), [("t5_dir", 3), ("tiny_llama_dir", 1)])
+@pytest.mark.parametrize(("model", "runs"), [("deep_dir", 3), ("tiny_llama_dir", 1)])
 def test_the_first_block_runs_once_more_only_where_others_read_its_outputs(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str, runs: int
 ) -> None:
     """T5's first block gives the position bias of each batch; a LLaMA's runs for one batch, to see what it returns."""
-    task: Task | None = SEQ2SEQ_ENCODER if model == "t5_dir" else None
+    task: Task | None = SEQ2SEQ_ENCODER if model == "deep_dir" else None
     checkpoint = checkpoint_from_directory(request.getfixturevalue(model), model, task=task)
     load = partial(calibrated_model_from_checkpoint, checkpoint, torch.float32)
     loaded: Any = load()
@@ -113,10 +118,9 @@ def test_the_first_block_runs_once_more_only_where_others_read_its_outputs(
     assert len(calls) == runs
 
 
-def test_a_file_may_hold_any_of_its_tied_tensors(make_model_dir: ModelDirFactory, tmp_path: Path) -> None:
+def test_a_file_may_hold_any_of_its_tied_tensors(deep_dir: Path, tmp_path: Path) -> None:
     """The embedding under the decoder's name only, as some converters write it, is found under all of its names."""
-    original = model_once(make_model_dir, tiny_t5(gated=True, decoder_layers=2))
-    copy = Path(shutil.copytree(original, tmp_path / "t5"))
+    copy = Path(shutil.copytree(deep_dir, tmp_path / "t5"))
     tensors = load_file(copy / "model.safetensors")
     tensors["decoder.embed_tokens.weight"] = embedding = tensors.pop("shared.weight")
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})

@@ -13,13 +13,12 @@ from fptq_export.graph_io import data_path, load_graph, save_graph, write_weight
 from fptq_export.rewrite.fold_equalization import FoldEqualization
 from tests.families.float64 import fold, logits_in_float64, lognormal_scales
 from tests.families.test_folds import EXACT, ROUNDED
-from tests.halves.conftest import HALVES
+from tests.halves.conftest import GRAPHS, HALVES
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import Traced, encoder_feed, run
 
 Graphs = dict[str, Traced]
 SOURCE, IDS = (np.random.default_rng(seed).integers(2, 512, (2, 9)) for seed in (4, 5))
-OUTPUTS = {"encoder": "last_hidden_state", "decoder": "logits"}
 
 
 def _exact(model: torch.nn.Module, half: str) -> torch.Tensor:
@@ -27,19 +26,23 @@ def _exact(model: torch.nn.Module, half: str) -> torch.Tensor:
 
 
 def _of_graph(graph: Path, half: str, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-    feed = encoder_feed(IDS) if half == "encoder" else decoder_feed(graph, IDS, hidden)
-    result: NDArray[np.float32] = run(graph, feed, outputs=[OUTPUTS[half]])[OUTPUTS[half]]
+    if half == "encoder":
+        feed, output = encoder_feed(IDS), "last_hidden_state"
+    else:
+        feed, output = decoder_feed(graph, IDS, hidden), "logits"
+    result: NDArray[np.float32] = run(graph, feed, outputs=[output])[output]
     return result
 
 
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("half", GRAPHS)
 def test_folds_are_exact(t5_graphs: Graphs, half: str, tmp_path: Path) -> None:
     """Every site at once, s from 0.01 to 100: torch in float64, and the FP32 graph in ONNX Runtime."""
     traced = t5_graphs[half]
     scales = lognormal_scales(traced.sites.fold_sites)
     model = seq2seq_model(traced.checkpoint, torch.float64)
     exact, largest = _exact(model, half), float(_exact(model, half).abs().max())
-    hidden = run(t5_graphs["encoder"].model, encoder_feed(SOURCE))["last_hidden_state"]
+    with torch.inference_mode():
+        hidden = seq2seq_model(traced.checkpoint).encoder(input_ids=torch.from_numpy(SOURCE)).last_hidden_state.numpy()
     for site in traced.sites.fold_sites:
         fold(model, site, scales[site.id])
     assert 0.0 < float((_exact(model, half) - exact).abs().max()) <= EXACT * largest
@@ -53,7 +56,7 @@ def test_folds_are_exact(t5_graphs: Graphs, half: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(_of_graph(path, half, hidden), exact.numpy(), rtol=0.0, atol=ROUNDED * largest)
 
 
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("half", GRAPHS)
 def test_a_consumer_left_out_is_seen(t5_graphs: Graphs, half: str) -> None:
     """The comparison can fail for each site: without one of its linears the outputs are far away."""
     traced = t5_graphs[half]

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from fptq_export.graph_io import load_graph
+from tests.halves.conftest import GRAPHS, ORIGINAL
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import FP32_LOGITS, Traced, encoder_feed, run
 
 Graphs = dict[str, Traced]
-LAYERS = {"encoder": 2, "decoder": 1}
 
 
 def _ids(batch: int, tokens: int, seed: int = 0) -> NDArray[np.int64]:
@@ -32,7 +32,7 @@ def _assert_equal(actual: NDArray[np.float32], expected: NDArray[np.float32]) ->
 def test_the_decoder_has_the_promised_inputs_and_outputs(t5_graphs: Graphs) -> None:
     """Tokens, what the encoder gave and its mask, and the cache of self-attention alone."""
     graph = load_graph(t5_graphs["decoder"].model).graph
-    cache = [f"{layer}.{part}" for layer in range(LAYERS["decoder"]) for part in ("key", "value")]
+    cache = ("0.key", "0.value")
     past, present = (["batch", "4", length, "16"] for length in ("past", "past + sequence"))
     inputs = {value.name: (value.dtype, [str(dim) for dim in value.shape or ()]) for value in graph.inputs}
     assert inputs == {
@@ -49,19 +49,23 @@ def test_the_decoder_has_the_promised_inputs_and_outputs(t5_graphs: Graphs) -> N
 
 
 @pytest.mark.parametrize(("batch", "sequence", "source"), [(1, 1, 9), (3, 6, 1)])
-def test_both_graphs_compute_what_torch_computes(t5_graphs: Graphs, batch: int, sequence: int, source: int) -> None:
-    """Any batch, sequence and source; the head is the one of the file, which the config says is tied."""
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_compute_what_torch_computes(
+    t5_graphs: Graphs, name: str, batch: int, sequence: int, source: int
+) -> None:
+    """Any batch, sequence and source; of T5 1.1 the head is the one of the file, which the config says is tied."""
     sources, ids = _ids(batch, source), _ids(batch, sequence, 1)
-    model = seq2seq_model(t5_graphs["decoder"].checkpoint)
-    hidden = _hidden(t5_graphs, sources)
-    logits = run(t5_graphs["decoder"].model, decoder_feed(t5_graphs["decoder"].model, ids, hidden))["logits"]
+    traced = t5_graphs[name]
+    model = seq2seq_model(traced.checkpoint)
     with torch.inference_mode():
-        for actual, half, tokens in ((hidden, "encoder", sources), (logits, "decoder", ids)):
-            _assert_equal(actual, TeacherForced(model, half, sources)(torch.from_numpy(tokens)).logits.numpy())
+        hidden = model.encoder(input_ids=torch.from_numpy(sources)).last_hidden_state.numpy()
+        expected = TeacherForced(model, name, sources)(torch.from_numpy(ids)).logits.numpy()
+    feed = encoder_feed(ids) if name == "encoder" else decoder_feed(traced.model, ids, hidden)
+    _assert_equal(run(traced.model, feed)["last_hidden_state" if name == "encoder" else "logits"], expected)
 
 
 def test_a_call_behind_a_cache_is_the_end_of_the_whole(t5_graphs: Graphs) -> None:
-    """Relative positions go on counting behind the cache, in every layer."""
+    """Relative positions go on counting behind the cache."""
     graph, ids, hidden = t5_graphs["decoder"].model, _ids(2, 7), _hidden(t5_graphs, _ids(2, 5, 1))
     whole = run(graph, decoder_feed(graph, ids, hidden))["logits"]
     before = run(graph, decoder_feed(graph, ids[:, :4], hidden))
@@ -83,30 +87,36 @@ def test_padding_of_the_source_changes_nothing(t5_graphs: Graphs) -> None:
 
 
 def test_sites_are_found_without_a_table(t5_graphs: Graphs) -> None:
-    """Norms, values of either attention and the gated MLP, in every layer of both halves."""
-    attention, layer = "SelfAttention", "layer.0"
-    for half, kinds in (("encoder", ["norm"] * 2), ("decoder", ["norm"] * 3)):
-        sites = t5_graphs[half].sites
-        head = ["norm"] if half == "decoder" else []
-        values = ["attention_value"] * (len(kinds) - 1)
-        assert [site.kind for site in sites.fold_sites] == [
-            *([*kinds, "gated_mlp"] * LAYERS[half]),
-            *head,
-            *values * LAYERS[half],
-        ]
-        first = sites.site(f"{half}.block.0.{layer}.layer_norm")
-        assert first.consumers == tuple(f"{half}.block.0.{layer}.{attention}.{name}" for name in "qkv")
-        assert sites.unmatched == ()
+    """Norms, the gated MLP and the values of either attention; of the decoder only what reads the source has none."""
+    encoder, decoder = (t5_graphs[half].sites for half in ("encoder", "decoder"))
+    mlp = ["norm", "gated_mlp"]
+    assert [site.kind for site in encoder.fold_sites] == ["norm", *mlp, "attention_value"]
+    assert [site.kind for site in decoder.fold_sites] == ["norm", "norm", *mlp, "norm", *["attention_value"] * 2]
+    assert len(encoder.site_by_consumer()) == len(encoder.linears) == 7
+    assert len(decoder.site_by_consumer()) == len(decoder.linears) - 2 == 10
+    assert encoder.unmatched == decoder.unmatched == ()
+
+
+def test_the_original_has_its_relu_and_one_embedding(t5_graphs: Graphs) -> None:
+    """Rows before the ReLU are a site; head and embedding are one initializer, and the head's norm is a site still."""
+    sites = t5_graphs[ORIGINAL].sites
+    (relu,) = (site for site in sites.fold_sites if site.kind == "relu_mlp")
+    mlp = "decoder.block.0.layer.2.DenseReluDense"
+    assert (relu.producer_linear, relu.consumers) == (f"{mlp}.wi", (f"{mlp}.wo",))
+    assert "Relu" in (sites.linear(f"{mlp}.wo").no_site_reason or "")
+    head = sites.linear("lm_head")
+    assert (head.weight, head.weight_transposed) == ("decoder.embed_tokens.weight", True)
+    initializers = load_graph(t5_graphs[ORIGINAL].model).graph.initializers
+    assert sum(value.shape is not None and value.shape.numpy() == (512, 64) for value in initializers.values()) == 1
 
 
 def test_what_crosses_the_graphs_is_left_alone(t5_graphs: Graphs) -> None:
     """Keys and values of the source come from another graph, whose last norm therefore is no site either."""
     decoder = t5_graphs["decoder"].sites
-    for layer in range(LAYERS["decoder"]):
-        for name in "kv":
-            linear = decoder.linear(f"decoder.block.{layer}.layer.1.EncDecAttention.{name}")
-            assert linear.site is None
-            assert "graph input 'encoder_hidden_states'" in (linear.no_site_reason or "")
+    for name in "kv":
+        linear = decoder.linear(f"decoder.block.0.layer.1.EncDecAttention.{name}")
+        assert linear.site is None
+        assert "graph input 'encoder_hidden_states'" in (linear.no_site_reason or "")
     consumed = set(decoder.site_by_consumer())
     assert not any(path.endswith(("EncDecAttention.k", "EncDecAttention.v")) for path in consumed)
     for half in ("encoder", "decoder"):

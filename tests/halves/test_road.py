@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,8 +12,11 @@ from safetensors.numpy import load_file
 
 from calib.fake_quant import applied_policy
 from fptq_export.files import read_json_model
+from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest
+from fptq_export.pipeline import runs_from_options
 from fptq_export.policy import read_policy
+from fptq_export.progress import NoProgress
 from fptq_export.sites import read_sites
 from fptq_export.verify.encoder_report import EncoderReport
 from fptq_export.verify.report import VerifyReport
@@ -26,8 +28,8 @@ from tests.support.traced import encoder_feed, run
 
 __all__ = ["command"]
 
-LINEARS = {"encoder": 2 * 7, "decoder": 11}
-"""Of a layer q, k, v, o and three of the MLP; the decoder has q, k, v, o once more, for the source."""
+LINEARS = {"encoder": 7, "decoder": 11}
+"""Of one layer q, k, v, o and three of the MLP; the decoder has q, k, v, o once more, for the source."""
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -72,22 +74,33 @@ def test_each_half_is_verified_in_its_own_way(t5_run: Path) -> None:
     assert decoder.logits.cosine_mean > 0.5
 
 
-def test_options_go_to_the_half_that_they_concern(t5_run: Path, t5_dir: Path, tmp_path: Path, command: Command) -> None:
-    """Gates and patterns of one half leave the other as it was; the same command does nothing twice."""
+def test_gates_go_to_the_half_that_they_concern(t5_run: Path, t5_dir: Path, tmp_path: Path, command: Command) -> None:
+    """The same command does nothing twice; the encoder passes its gate, and the decoder's stops the run."""
     copy = Path(shutil.copytree(t5_run, tmp_path / "run"))
-    words = (t5_dir, "-o", copy, *SHORT, *TIERS)
-    again = command(*words, "--min-cosine", "0.1", "--max-ppl-increase", "1000%", "--exclude", "lm_head")
-    assert again.code == 0, again.err
-    assert again.err.count("up to date") == 14
-    dry = command(*words, "--exclude", "decoder.block.0", "--precision", "encoder.*wo=w8a8", "--dry-run")
-    assert dry.code == 0, dry.err
-    refused = command(*words, "--exclude", "decoder.blok")
-    assert refused.code == 1
-    assert "matches no linear" in refused.err
-    gate = command(*words, "--max-ppl-increase", "0")
-    assert gate.code == 3, gate.err
-    manifest = json.loads((copy / "encoder" / "manifest.json").read_text())
-    assert manifest["options"]["max_ppl_increase"] is None
+    gates = ("--min-cosine", "0.1", "--max-ppl-increase", "0")
+    outcome = command(t5_dir, "-o", copy, *SHORT, *TIERS, *gates)
+    assert outcome.code == 3, outcome.err
+    assert outcome.err.count("up to date") == 7 + 6
+    assert "perplexity" in outcome.err
+    options = {half: read_json_model(copy / half / "manifest.json", Manifest).options for half in HALVES}
+    assert (options["encoder"].min_cosine, options["encoder"].max_ppl_increase) == (0.1, None)
+    assert (options["decoder"].min_cosine, options["decoder"].max_ppl_increase) == (None, 0.0)
+
+
+def test_patterns_go_to_the_half_that_they_match(t5_dir: Path, tmp_path: Path) -> None:
+    """One that matches nothing at all stays with both, which say so."""
+    options = RunOptions(
+        model=str(t5_dir),
+        output=tmp_path / "run",
+        engine=tmp_path / "out.plan",
+        exclude=("lm_head", "wo$", "blok"),
+        precision=("encoder.*wi_0=w8a8",),
+    )
+    encoder, decoder = runs_from_options("run", options, NoProgress())
+    assert (encoder.exclude, encoder.precision) == (("wo$", "blok"), ("encoder.*wi_0=w8a8",))
+    assert (decoder.exclude, decoder.precision) == (("lm_head", "wo$", "blok"), ())
+    assert (encoder.output, decoder.output) == (tmp_path / "run" / "encoder", tmp_path / "run" / "decoder")
+    assert (encoder.engine, decoder.engine) == (tmp_path / "out.encoder.plan", tmp_path / "out.decoder.plan")
 
 
 @pytest.mark.parametrize(

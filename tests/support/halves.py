@@ -32,19 +32,19 @@ class TeacherForced(nn.Module):
 
     Args:
         model: The whole model.
-        half: `encoder` or `decoder`.
+        graph: Name of the graph that gives the same: `encoder`, or one that starts with `decoder`.
         source: Tokens of the encoder before the decoder, int64 [batch, source].
     """
 
-    def __init__(self, model: nn.Module, half: str, source: NDArray[np.int64]) -> None:
+    def __init__(self, model: nn.Module, graph: str, source: NDArray[np.int64]) -> None:
         super().__init__()
         self._model: Any = model
-        self._half = half
+        self._encodes = graph == "encoder"
         self._source = torch.from_numpy(source)
 
     def forward(self, ids: torch.Tensor, *, use_cache: bool = False) -> SimpleNamespace:
         """Hidden states of the encoder, or logits of the decoder behind the encoder's source."""
-        if self._half == "encoder":
+        if self._encodes:
             return SimpleNamespace(logits=self._model.get_encoder()(input_ids=ids).last_hidden_state)
         return SimpleNamespace(
             logits=self._model(input_ids=self._source, decoder_input_ids=ids, use_cache=use_cache).logits

@@ -109,10 +109,10 @@ def tiny_esm() -> PretrainedConfig:
     )
 
 
-def tiny_t5(*, gated: bool, decoder_layers: int = 1) -> PretrainedConfig:
+def tiny_t5(*, gated: bool, layers: int = 1) -> PretrainedConfig:
     """Relative positions, RMSNorm; T5 1.1 (GELU-gated MLP, plain head) or the original (ReLU, scaled and tied head).
 
-    Two encoder layers where they are gated: the second one is given the position bias of the first.
+    From the second layer on, layers are given the position bias that the first one made.
     """
     from transformers import T5Config
 
@@ -120,8 +120,7 @@ def tiny_t5(*, gated: bool, decoder_layers: int = 1) -> PretrainedConfig:
         d_model=64,
         d_kv=16,
         d_ff=128,
-        num_layers=2 if gated else 1,
-        num_decoder_layers=decoder_layers,
+        num_layers=layers,
         num_heads=4,
         vocab_size=512,
         feed_forward_proj="gated-gelu" if gated else "relu",
