@@ -65,11 +65,11 @@ def calibrated_model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype)
         checkpoint: Says which half.
         dtype: Floating-point type of the parameters. The encoder before a decoder runs in float32.
     """
-    model: Any = model_from_checkpoint(checkpoint, dtype)
-    if not is_half(checkpoint.task):
-        return model
-    model.base_model_prefix = ""  # no part of it runs alone
-    model.forward = _encoder_forward(model) if checkpoint.task == SEQ2SEQ_ENCODER else _decoder_forward(model)
+    model = model_from_checkpoint(checkpoint, dtype)
+    if is_half(checkpoint.task):
+        half: Any = model
+        half.base_model_prefix = ""  # no part of it runs alone
+        half.forward = _encoder_forward(model) if checkpoint.task == SEQ2SEQ_ENCODER else _decoder_forward(model)
     return model
 
 

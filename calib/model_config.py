@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 
 from calib.quiet import quiet_transformers
 from fptq_export.errors import UserError
-from fptq_export.tasks import CAUSAL_LM, ENCODER, HALF_DIRECTORIES, Task, has_halves, task_from_config
+from fptq_export.tasks import CAUSAL_LM, ENCODER, SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, Task, has_halves, task_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,10 +32,11 @@ MODEL_ERRORS = (
 """What transformers raises for a config that it cannot read or build; the errors have no common base."""
 
 
-_NAMES = {
+_NAMES: Mapping[Task, str] = {
     CAUSAL_LM: "causal language model",
     ENCODER: "encoder",
-    **dict.fromkeys(HALF_DIRECTORIES, "encoder-decoder from text to text"),
+    SEQ2SEQ_ENCODER: "encoder-decoder from text to text",
+    SEQ2SEQ_DECODER: "encoder-decoder from text to text",
 }
 
 

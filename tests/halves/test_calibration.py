@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ def test_a_window_is_split_between_encoder_and_decoder(
     from transformers import T5Config
 
     windows = np.arange(seq)[None]
-    found = source_and_target(windows, T5Config(eos_token_id=end, decoder_start_token_id=start))
+    special: dict[str, Any] = {"eos_token_id": end, "decoder_start_token_id": start}
+    found = source_and_target(windows, T5Config(**special))
     assert [part[0].tolist() for part in found] == [source, target]
     assert windows[0].tolist() == list(range(seq))
 
@@ -111,11 +113,11 @@ def test_the_first_block_runs_once_more_only_where_others_read_its_outputs(
     load = partial(calibrated_model_from_checkpoint, checkpoint, torch.float32)
     loaded: Any = load()
     path = "encoder.block" if task else "model.layers"
-    kind, calls = type(loaded.get_submodule(path)[0]), []
-    forward = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: calls.append(0) or forward(*args, **kwargs))
+    kind: Any = type(loaded.get_submodule(path)[0])
+    counted = MagicMock(side_effect=kind.forward)
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: counted(*args, **kwargs))
     BlockStream(load, torch.from_numpy(WINDOWS), 1, head=True)
-    assert len(calls) == runs
+    assert counted.call_count == runs
 
 
 def test_a_file_may_hold_any_of_its_tied_tensors(deep_dir: Path, tmp_path: Path) -> None:

@@ -116,16 +116,8 @@ def tiny_t5(*, gated: bool, layers: int = 1) -> PretrainedConfig:
     """
     from transformers import T5Config
 
-    return T5Config(
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=layers,
-        num_heads=4,
-        vocab_size=512,
-        feed_forward_proj="gated-gelu" if gated else "relu",
-        tie_word_embeddings=not gated,
-        decoder_start_token_id=1,
-        pad_token_id=1,
-        eos_token_id=1,
-    )
+    sizes: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "vocab_size": 512}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 1}
+    head: dict[str, Any] = {"tie_word_embeddings": not gated}
+    mlp = "gated-gelu" if gated else "relu"
+    return T5Config(**sizes, **tokens, **head, num_layers=layers, feed_forward_proj=mlp)
