@@ -68,8 +68,8 @@ def calibrated_model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype)
     model = model_from_checkpoint(checkpoint, dtype)
     if is_half(checkpoint.task):
         half: Any = model
-        half.base_model_prefix = ""  # no part of it runs alone
         half.forward = _encoder_forward(model) if checkpoint.task == SEQ2SEQ_ENCODER else _decoder_forward(model)
+        half.base_model_prefix = ""  # no part of it runs alone
     return model
 
 

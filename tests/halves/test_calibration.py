@@ -24,7 +24,7 @@ from calib.stream import BlockStream
 from fptq_export.progress import NoProgress
 from fptq_export.tasks import SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, Task
 from tests.support.halves import seq2seq_model
-from tests.support.models import model_once, tiny_t5
+from tests.support.models import model_once, tiny_bart, tiny_t5
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -82,16 +82,20 @@ def _whole(directory: Path, task: Task, linears: list[str]) -> dict[str, NDArray
 
 
 @pytest.mark.parametrize("task", [SEQ2SEQ_ENCODER, SEQ2SEQ_DECODER])
-def test_block_by_block_measures_what_the_whole_model_reads(deep_dir: Path, task: Task) -> None:
-    """Maxima and second moments; the second block is given the position bias that the first one made."""
-    checkpoint = checkpoint_from_directory(deep_dir, "t5", task=task)
+@pytest.mark.parametrize("config", [partial(tiny_t5, gated=True, layers=2), tiny_bart], ids=["t5", "bart"])
+def test_block_by_block_measures_what_the_whole_model_reads(
+    make_model_dir: ModelDirFactory, config: Callable[[], PretrainedConfig], task: Task
+) -> None:
+    """Maxima and second moments; T5's second block is given the position bias that the first one made."""
+    directory = model_once(make_model_dir, config())
+    checkpoint = checkpoint_from_directory(directory, "model", task=task)
     linears = paths_of_task(checkpoint, linears_from_model(skeleton_from_checkpoint(checkpoint)))
     hessians: dict[str, torch.Tensor] = {}
     sink = HessianSink({path: path for path in linears}, hessians.__setitem__)
     load = partial(calibrated_model_from_checkpoint, checkpoint, torch.float32)
     batches = TokenBatches(WINDOWS, "test", "0")
     stats = observe(load, batches, linears, NoProgress(), 2, sink)
-    inputs = _whole(deep_dir, task, linears)
+    inputs = _whole(directory, task, linears)
     assert stats.channel_absmax.keys() == inputs.keys() == set(linears)
     assert ("lm_head" in linears) == (task == SEQ2SEQ_DECODER)
     for path, x in inputs.items():

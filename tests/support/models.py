@@ -14,6 +14,7 @@ __all__ = [
     "ENCODER_SIZES",
     "ESM_MASK",
     "model_once",
+    "tiny_bart",
     "tiny_bert",
     "tiny_esm",
     "tiny_gemma",
@@ -82,6 +83,16 @@ def tiny_gemma() -> PretrainedConfig:
         intermediate_size=128,
         initializer_range=_SPREAD,
     )
+
+
+def tiny_bart() -> PretrainedConfig:
+    """Encoder-decoder with LayerNorm after each addition, biases, learned positions, body below `model`; one layer."""
+    from transformers import BartConfig
+
+    layers = {"layers": 1, "attention_heads": 4, "ffn_dim": 128}
+    halves = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in layers.items()}
+    tokens = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 0}
+    return BartConfig(**halves, **tokens, d_model=64, vocab_size=512, max_position_embeddings=128, init_std=_SPREAD)
 
 
 def tiny_bert() -> PretrainedConfig:
