@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,22 @@ def test_gates_go_to_the_half_that_they_concern(t5_run: Path, t5_dir: Path, tmp_
     options = {half: read_json_model(copy / half / "manifest.json", Manifest).options for half in HALVES}
     assert (options["encoder"].min_cosine, options["encoder"].max_ppl_increase) == (0.1, None)
     assert (options["decoder"].min_cosine, options["decoder"].max_ppl_increase) == (None, 0.0)
+
+
+def test_one_half_alone_replays_its_policy(t5_run: Path, t5_dir: Path, tmp_path: Path, command: Command) -> None:
+    """`--task` names it, and its directory goes on where the run of both left it."""
+    copy = Path(shutil.copytree(t5_run / "decoder", tmp_path / "decoder"))
+    path = copy / "policy.json"
+    edited = json.loads(path.read_text())
+    layer = edited["layers"]["decoder.block.0.layer.0.SelfAttention.o"]
+    layer |= {"activation": "per_token", "activation_scale": None}
+    path.write_text(json.dumps(edited))
+    words = ("--task", "seq2seq-decoder", "--policy", path, "--no-verify")
+    outcome = command(t5_dir, "-o", copy, *SHORT, *words)
+    assert outcome.code == 0, outcome.err
+    assert "trace: up to date" in outcome.err
+    per_token = [name for name, it in read_policy(path).layers.items() if it.activation == "per_token"]
+    assert "decoder.block.0.layer.0.SelfAttention.o" in per_token
 
 
 def test_patterns_go_to_the_half_that_they_match(t5_dir: Path, tmp_path: Path) -> None:
