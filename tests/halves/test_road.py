@@ -96,8 +96,8 @@ def test_one_half_alone_replays_its_policy(t5_run: Path, t5_dir: Path, tmp_path:
     layer = edited["layers"]["decoder.block.0.layer.0.SelfAttention.o"]
     layer |= {"activation": "per_token", "activation_scale": None}
     path.write_text(json.dumps(edited))
-    words = ("--task", "seq2seq-decoder", "--policy", path, "--no-verify")
-    outcome = command(t5_dir, "-o", copy, *SHORT, *words)
+    words = ("--dtype", "fp32", "--task", "seq2seq-decoder", "--policy", path, "--no-verify")
+    outcome = command(t5_dir, "-o", copy, *words)
     assert outcome.code == 0, outcome.err
     assert "trace: up to date" in outcome.err
     per_token = [name for name, it in read_policy(path).layers.items() if it.activation == "per_token"]
