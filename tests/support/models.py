@@ -90,8 +90,8 @@ def tiny_bart() -> PretrainedConfig:
     from transformers import BartConfig
 
     layers = {"layers": 1, "attention_heads": 4, "ffn_dim": 128}
-    halves = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in layers.items()}
-    tokens = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 0}
+    halves: dict[str, Any] = {f"{half}_{name}": it for half in ("encoder", "decoder") for name, it in layers.items()}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 0}
     return BartConfig(**halves, **tokens, d_model=64, vocab_size=512, max_position_embeddings=128, init_std=_SPREAD)
 
 
