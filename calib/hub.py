@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,10 +17,27 @@ from huggingface_hub.errors import (
 from fptq_export.errors import UserError
 from fptq_export.progress import Progress
 
-__all__ = ["directory_from_hub"]
+__all__ = ["directory_from_hub", "directory_from_model"]
 
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LOCAL_CHOICES = "check the spelling, or give a local directory or a .gguf file"
+
+
+def directory_from_model(model: str, *, trust_remote_code: bool, progress: Progress) -> Path:
+    """The directory of a model: the one that is named, or that of a hub id.
+
+    Raises:
+        UserError: There is no such directory, and it is no hub id or cannot be downloaded.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(model, "neither a directory nor a .gguf file", "give the directory that holds config.json")
+    if not _HUB_ID.fullmatch(model):
+        raise UserError(model, "no such directory", "give a Hugging Face directory, a hub id or a .gguf file")
+    return directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
 
 
 def directory_from_hub(repo_id: str, *, trust_remote_code: bool, progress: Progress) -> Path:

@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 
 from calib.expert_tensors import entries_of_linears, may_hold_experts
 from calib.gguf import directory_from_gguf
-from calib.hub import directory_from_hub
+from calib.hub import directory_from_model
 from calib.model_config import MODEL_ERRORS, config_hint, first_line, read_config, task_of_model
 from calib.quiet import quiet_transformers
 from calib.tensor_files import TensorEntry, tensor_entries_from_directory
-from calib.tensor_names import is_outside_body, tensors_of_causal_lm, tensors_of_encoder
+from calib.tensor_names import is_outside_body, tensors_of_causal_lm, tensors_of_module
 from fptq_export.errors import UserError
 from fptq_export.experts.unstack import stacked_experts, unstack_experts
 from fptq_export.progress import Progress
@@ -49,7 +49,6 @@ __all__ = [
     "tokenizer_from_checkpoint",
 ]
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -63,7 +62,7 @@ class Checkpoint:
     config: PreTrainedConfig
     tensors: Mapping[str, TensorEntry]
     """By torch path of the causal LM, also where the file leaves the base model's prefix out; of an encoder, by torch
-    path of its body, and those of the body only."""
+    path of its body, and those of the body only. A half of an encoder-decoder has those of the whole."""
     trust_remote_code: bool = False
     given: GivenWeights | None = None
     """INT4 codes that came with the model; the tensors are then those codes, dequantized."""
@@ -89,22 +88,15 @@ def checkpoint_from_model(
         UserError: Nothing of that name can be opened; the message says what was tried.
     """
     path = Path(model)
-    if path.is_dir():
-        return _checkpoint_from_float_or_quantized(
-            path, path.resolve().name, workdir, trust_remote_code, progress, task
-        )
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         directory = directory_from_gguf(path, workdir / "checkpoint", progress=progress)
         return checkpoint_from_directory(directory, path.stem, task=task)
     if path.suffix == ".onnx":
         hint = "fptq-export MODEL.onnx --calib-data DATA"
         raise UserError(model, "is an ONNX graph, and this needs a model in torch", hint)
-    if path.exists():
-        raise UserError(model, "neither a directory nor a .gguf file", "give the directory that holds config.json")
-    if not _HUB_ID.fullmatch(model):
-        raise UserError(model, "no such directory", "give a Hugging Face directory, a hub id or a .gguf file")
-    directory = directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
-    return _checkpoint_from_float_or_quantized(directory, model, workdir, trust_remote_code, progress, task)
+    directory = directory_from_model(model, trust_remote_code=trust_remote_code, progress=progress)
+    name = path.resolve().name if path.is_dir() else model
+    return _checkpoint_from_float_or_quantized(directory, name, workdir, trust_remote_code, progress, task)
 
 
 def _checkpoint_from_float_or_quantized(
@@ -146,13 +138,13 @@ def checkpoint_from_directory(
     """
     config = read_config(directory, trust_remote_code, quantized)
     found = task_of_model(config, task, directory, trust_remote_code=trust_remote_code)
-    if quantized and found == ENCODER:
+    if quantized and found != CAUSAL_LM:
         cause = "is a quantized checkpoint of an encoder, and those of language models only are read"
         raise UserError(str(directory), cause, "give the original FP16, BF16 or FP32 model")
     entries = tensor_entries_from_directory(directory)
     checkpoint = Checkpoint(directory, name, config, entries, trust_remote_code, task=found)
-    if found == ENCODER:
-        return replace(checkpoint, tensors=tensors_of_encoder(entries, skeleton_from_checkpoint(checkpoint)))
+    if found != CAUSAL_LM:
+        return replace(checkpoint, tensors=tensors_of_module(entries, skeleton_from_checkpoint(checkpoint)))
     checkpoint = replace(checkpoint, tensors=tensors_of_causal_lm(entries, config))
     return checkpoint if quantized or not may_hold_experts(checkpoint.tensors) else _with_unstacked_experts(checkpoint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 
 from calib.quiet import quiet_transformers
 from fptq_export.errors import UserError
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, task_from_config
+from fptq_export.tasks import CAUSAL_LM, ENCODER, SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, Task, has_halves, task_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +30,14 @@ MODEL_ERRORS = (
     StrictDataclassError,
 )
 """What transformers raises for a config that it cannot read or build; the errors have no common base."""
+
+
+_NAMES: Mapping[Task, str] = {
+    CAUSAL_LM: "causal language model",
+    ENCODER: "encoder",
+    SEQ2SEQ_ENCODER: "encoder-decoder from text to text",
+    SEQ2SEQ_DECODER: "encoder-decoder from text to text",
+}
 
 
 def read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> PreTrainedConfig:
@@ -68,12 +77,19 @@ def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path
     task = task_from_config(config, wanted, trust_remote_code=trust_remote_code)
     if task is not None:
         return task
-    names = {CAUSAL_LM: "causal language model", ENCODER: "encoder"}
-    missing = names[wanted] if wanted is not None else " and no ".join(names.values())
+    where = str(directory / "config.json")
+    if wanted is None and config.is_encoder_decoder:
+        kind = f"model_type {config.model_type!r} is an encoder-decoder"
+        if has_halves(config):
+            hint = "name one of them: --task seq2seq-encoder or --task seq2seq-decoder"
+            raise UserError(where, f"{kind}, which is two graphs and no single one", hint)
+        hint = "give one that does (T5, BART, ...), a language model or an encoder"
+        raise UserError(where, f"{kind} that does not turn text into text, and it is calibrated on text", hint)
+    missing = "causal language model and no encoder" if wanted is None else _NAMES[wanted]
     raise UserError(
-        str(directory / "config.json"),
+        where,
         f"transformers has no {missing} for model_type {config.model_type!r}",
-        "give a decoder-only language model or an encoder",
+        "give a language model, an encoder, or an encoder-decoder like T5",
     )
 
 

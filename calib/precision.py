@@ -10,7 +10,15 @@ from typing import get_args
 from fptq_export.errors import UserError
 from fptq_export.policy import Precision
 
-__all__ = ["DEFAULT_EXCLUDE", "Choice", "chosen_precisions", "excluded_paths", "float_paths", "precision_from_option"]
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "Choice",
+    "chosen_precisions",
+    "excluded_paths",
+    "float_paths",
+    "patterns_of_part",
+    "precision_from_option",
+]
 
 DEFAULT_EXCLUDE = ("lm_head",)
 """The head stays float: it is a large part of the accuracy and a small part of the work."""
@@ -71,6 +79,25 @@ def float_paths(paths: Sequence[str], exclude: Sequence[str], precision: Sequenc
     """The linears that stay float by choice, so that their inputs need not be measured; in the order of `paths`."""
     choices = chosen_precisions(paths, exclude, precision)
     return tuple(path for path in paths if path in choices and choices[path].precision == "float")
+
+
+def patterns_of_part(patterns: Sequence[str], part: Sequence[str], whole: Sequence[str]) -> list[str]:
+    """The patterns without those that concern other parts of a model only; one that matches nothing at all stays.
+
+    Args:
+        patterns: Regular expressions.
+        part: Torch paths of the linears of the part.
+        whole: Those of all linears of the model.
+
+    Raises:
+        UserError: A pattern is not a regular expression.
+    """
+    found = []
+    for pattern in patterns:
+        matches = set(_matches(repr(pattern), pattern, whole, required=False))
+        if not matches or matches.intersection(part):
+            found.append(pattern)
+    return found
 
 
 def precision_from_option(text: str) -> tuple[str, Precision]:

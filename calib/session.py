@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.modeling_outputs import BaseModelOutput
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["TorchCausalSession", "TorchEncoderSession"]
+__all__ = ["TorchCausalSession", "TorchDecoderSession", "TorchEncoderSession"]
 
 
 class TorchCausalSession:
@@ -37,20 +38,41 @@ class TorchCausalSession:
 
     def _run(self, input_ids: NDArray[np.int64], cache: Cache | None) -> tuple[NDArray[np.float32], Cache]:
         with torch.inference_mode():
-            output = self._model(input_ids=torch.from_numpy(input_ids), past_key_values=cache, use_cache=True)
+            output = self._model(**self._inputs(torch.from_numpy(input_ids)), past_key_values=cache, use_cache=True)
         logits: NDArray[np.float32] = output.logits.to(torch.float32).numpy()
         return logits, output.past_key_values
+
+    def _inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        """What the model is called with beside the cache."""
+        return {"input_ids": input_ids}
+
+
+class TorchDecoderSession(TorchCausalSession):
+    """The decoder of an encoder-decoder behind hidden states that are given.
+
+    Args:
+        model: The whole model, in eval mode; its encoder is not run.
+        name: For reports.
+        hidden: What the encoder gives, float32 [B, source, H], without padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, hidden: NDArray[np.float32]) -> None:
+        super().__init__(model, name)
+        self._encoded = BaseModelOutput(last_hidden_state=torch.from_numpy(hidden).to(model.dtype))
+
+    def _inputs(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        return {"encoder_outputs": self._encoded, "decoder_input_ids": input_ids}
 
 
 class TorchEncoderSession:
     """Tokens to hidden states; arrays in, arrays out.
 
     Args:
-        model: The body, in eval mode.
+        model: The body, or the encoder of an encoder-decoder, in eval mode.
         name: For reports.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: torch.nn.Module, name: str) -> None:
         self.name = name
         self._model: Any = model
 

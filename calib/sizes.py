@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gguf import GGUFReader
 
-from calib.hub import directory_from_hub
+from calib.halves import paths_of_task
+from calib.hub import directory_from_model
 from calib.interchange import quantization_from_directory
 from calib.linears import linears_from_model
 from calib.load import checkpoint_from_directory, skeleton_from_checkpoint
@@ -31,7 +32,7 @@ class ModelSizes:
     """Numbers of weights."""
 
     parameters: int
-    """All of them; tied ones count once."""
+    """All of the graph's; tied ones count once."""
     quantized: int
     """Those in linears that will be INT4."""
     int8: int = 0
@@ -57,9 +58,7 @@ def sizes_from_model(
     path = Path(model)
     if path.suffix == ".gguf":
         return _sizes_from_gguf(path)
-    directory = (
-        path if path.is_dir() else directory_from_hub(model, trust_remote_code=trust_remote_code, progress=progress)
-    )
+    directory = directory_from_model(model, trust_remote_code=trust_remote_code, progress=progress)
     checkpoint = checkpoint_from_directory(
         directory,
         path.name,
@@ -68,9 +67,10 @@ def sizes_from_model(
         task=task,
     )
     skeleton = skeleton_from_checkpoint(checkpoint)
-    linears = linears_from_model(skeleton)
-    choices = chosen_precisions(list(linears), exclude, precision)
-    counts = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+    linears = paths_of_task(checkpoint, linears_from_model(skeleton))
+    choices = chosen_precisions(linears, exclude, precision)
+    named = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+    counts = {name: named[name] for name in paths_of_task(checkpoint, named)}
     bits = {"int4": 0, "int8": 0, "float": 0}
     for linear in linears:
         chosen = choices[linear].precision if linear in choices else "w4a8"

@@ -7,7 +7,8 @@ The model is opened lazily (its parameters are a memory map of the checkpoint), 
 a fraction of a second and lets go of the pages of the block before. Everything runs in float32, whatever is stored.
 
 What each block is called with beside the hidden states (masks, position embeddings) does not depend on them. One pass
-over the tokens in which blocks hand on their input records it; real blocks then run on the record.
+over the tokens in which blocks hand on their input records it; real blocks then run on the record. Where the first
+block itself gives what the others are called with (the position biases of T5), it runs in that pass.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class BlockStream:
         self.count = 0 if self.path is None else len(_blocks(model, self.path))
         self._calls: list[list[_Call]] = [[] for _ in range(self.count)]
         self._hidden = HiddenStates() if hidden is None else hidden
-        self._tuple_length: int | None = None
+        self._first: nn.Module | None = None
+        self._beside: tuple[Any, ...] | None = None
+        """What blocks return behind the hidden states; None where they return no tuple."""
         self._running = 0
         if self.count:
             self._record(model)
@@ -156,8 +159,18 @@ class BlockStream:
         body = self._outside_in_float32(model)
         for index, block in enumerate(_blocks(model, self.path)):
             block.forward = self._recorder(index)
+        self._first = self.load_block(0)
         for tokens in self._batches:
             _run_body(body, tokens)
+            if self._first is not None and not self._reads_beside():
+                self._first, self._beside = None, self._beside and (None,) * len(self._beside)
+        self._first = None
+
+    def _reads_beside(self) -> bool:
+        """Whether a block is called with what the first one returned behind the hidden states."""
+        calls = (call for recorded in self._calls[1:] for call in recorded)
+        read = {id(value) for call in calls for value in (*call.args, *call.kwargs.values())}
+        return any(id(part) in read for part in self._beside or () if part is not None)
 
     def _recorder(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -166,16 +179,15 @@ class BlockStream:
             self._calls[index].append(call)
             if index == 0:
                 self._hidden.append(hidden)
-                if self._tuple_length is None:
-                    output = _run(self.load_block(0), hidden, call, self._device)
-                    self._tuple_length = len(output) if isinstance(output, tuple) else 0
+                if self._first is not None:
+                    self._beside = _beside_hidden(_run(self._first, hidden, call, self._device))
             return self._as_output(hidden)
 
         return forward
 
     def _as_output(self, hidden: torch.Tensor) -> Any:
         """Hidden states in the form that a block of this model returns: a tensor, or a tuple that starts with it."""
-        return (hidden, *[None] * (self._tuple_length - 1)) if self._tuple_length else hidden
+        return hidden if self._beside is None else (hidden, *self._beside)
 
     def _outside_in_float32(self, model: PreTrainedModel) -> nn.Module:
         """The part of the model that runs, with its blocks emptied and everything else in float32."""
@@ -207,6 +219,13 @@ def _hidden_from_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> torch
 def _hidden_from_output(output: Any) -> torch.Tensor:
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def _beside_hidden(output: Any) -> tuple[Any, ...] | None:
+    """What a block returns behind the hidden states, on the CPU; None where it returns no tuple."""
+    if not isinstance(output, tuple):
+        return None
+    return tuple(part.cpu() if isinstance(part, torch.Tensor) else None for part in output[1:])
 
 
 def _blocks(model: nn.Module, path: str | None) -> list[Any]:

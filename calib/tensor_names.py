@@ -14,7 +14,7 @@ from calib.tensor_files import TensorEntry
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["is_outside_body", "tensors_of_causal_lm", "tensors_of_encoder"]
+__all__ = ["is_outside_body", "tensors_of_causal_lm", "tensors_of_module"]
 
 
 def tensors_of_causal_lm(entries: Mapping[str, TensorEntry], config: PreTrainedConfig) -> dict[str, TensorEntry]:
@@ -35,26 +35,28 @@ def tensors_of_causal_lm(entries: Mapping[str, TensorEntry], config: PreTrainedC
     return {prefix + name: entry for name, entry in entries.items()}
 
 
-def tensors_of_encoder(entries: Mapping[str, TensorEntry], body: PreTrainedModel) -> dict[str, TensorEntry]:
-    """Name tensors as the body does, by transformers' own renamings, and leave out what the body does not have.
+def tensors_of_module(entries: Mapping[str, TensorEntry], module: PreTrainedModel) -> dict[str, TensorEntry]:
+    """Name tensors as a model does, by transformers' own renamings, and leave out what it does not have.
 
     Files of models with a head carry a prefix (`bert.`), files of bare models do not; both name some tensors as older
-    versions did (`LayerNorm.gamma`). Heads and poolers are left out.
+    versions did (`LayerNorm.gamma`). Of the body of an encoder, heads and poolers are left out. Of tied tensors a file
+    may hold any; the name that the others are tied to is always there.
 
     Args:
         entries: By name in the files.
-        body: The model without a head; may be on the meta device.
+        module: The body of an encoder, or an encoder-decoder; may be on the meta device.
     """
-    conversions = get_model_conversion_mapping(body)
+    conversions = get_model_conversion_mapping(module)
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    wanted = body.state_dict()
+    wanted = module.state_dict()
     found = {}
     for stored, entry in entries.items():
-        name, converted = rename_source_key(stored, renamings, converters, body.base_model_prefix, wanted)
+        name, converted = rename_source_key(stored, renamings, converters, module.base_model_prefix, wanted)
         if name in wanted and converted is None:
             found[name] = entry
-    return found
+    tied = module.get_expanded_tied_weights_keys(all_submodels=True)
+    return found | {source: found[name] for name, source in tied.items() if name in found and source not in found}
 
 
 def is_outside_body(name: str, body: PreTrainedModel) -> bool:

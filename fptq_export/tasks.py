@@ -1,22 +1,46 @@
 """What a model is exported as: a causal language model with a cache, or an encoder that gives hidden states.
 
-Which of the two a checkpoint is follows from its config and from transformers' own mappings; there is no list of
+An encoder-decoder is exported as its two halves, a graph each: an encoder, and a decoder that reads what the encoder
+gives. Which of these a checkpoint is follows from its config and from transformers' own mappings; there is no list of
 families here. transformers is imported by the functions, not by the module.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["CAUSAL_LM", "ENCODER", "Task", "auto_class", "build_options", "task_from_config"]
+__all__ = [
+    "CAUSAL_LM",
+    "ENCODER",
+    "HALF_DIRECTORIES",
+    "SEQ2SEQ",
+    "SEQ2SEQ_DECODER",
+    "SEQ2SEQ_ENCODER",
+    "Half",
+    "Task",
+    "auto_class",
+    "build_options",
+    "gives_hidden_states",
+    "has_halves",
+    "is_half",
+    "task_from_config",
+]
 
-Task = Literal["causal-lm", "encoder"]
+Half = Literal["seq2seq-encoder", "seq2seq-decoder"]
+Task = Literal["causal-lm", "encoder"] | Half
 CAUSAL_LM: Final = "causal-lm"
 ENCODER: Final = "encoder"
+SEQ2SEQ: Final = "seq2seq"
+"""Both halves of an encoder-decoder: no task of its own, since it is no single graph."""
+SEQ2SEQ_ENCODER: Final = "seq2seq-encoder"
+SEQ2SEQ_DECODER: Final = "seq2seq-decoder"
+HALF_DIRECTORIES: Mapping[Half, str] = {SEQ2SEQ_ENCODER: "encoder", SEQ2SEQ_DECODER: "decoder"}
+"""Each half -> the folder of its run, in the order in which they run."""
 
 
 def task_from_config(
@@ -29,10 +53,10 @@ def task_from_config(
            then the body of any model that is not an encoder-decoder, a decoder's too.
         2. The config names its class and that is the causal one of its type: a causal language model.
         3. The type has a masked language model and is neither a decoder nor an encoder-decoder: an encoder.
-        4. The type has a causal language model.
+        4. The type has a causal language model and is no encoder-decoder.
 
     Returns:
-        None where no rule holds.
+        None where no rule holds: for an encoder-decoder, which is no single graph (`has_halves`), among others.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 
@@ -45,18 +69,41 @@ def task_from_config(
     if wanted == ENCODER:
         has_body = kind in MODEL_MAPPING or "AutoModel" in remote
         return ENCODER if has_body and not config.is_encoder_decoder else None
-    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
-    if causal_class is not None and causal_class.__name__ in (config.architectures or ()):
+    if wanted is not None:
+        return wanted if has_halves(config) else None
+    if _names_causal_class(config):
         return CAUSAL_LM
-    if masked and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):
+    if config.is_encoder_decoder:
+        return None
+    if masked and not getattr(config, "is_decoder", False):
         return ENCODER
     return CAUSAL_LM if causal else None
 
 
-def auto_class(task: Task) -> Any:
-    """The class of transformers that builds and loads models of a task."""
-    from transformers import AutoModel, AutoModelForCausalLM
+def has_halves(config: PreTrainedConfig) -> bool:
+    """Whether a model is an encoder-decoder from text to text: T5 or BART, but not the decoder of BART alone."""
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
+    known = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return known and bool(config.is_encoder_decoder) and not _names_causal_class(config)
+
+
+def is_half(task: str | None) -> TypeGuard[Half]:
+    """Whether a task is one of the two graphs of an encoder-decoder."""
+    return task in HALF_DIRECTORIES
+
+
+def gives_hidden_states(task: Task) -> bool:
+    """Whether the graph of a task is an encoder: tokens to hidden states, without a cache."""
+    return task in (ENCODER, SEQ2SEQ_ENCODER)
+
+
+def auto_class(task: Task) -> Any:
+    """The class of transformers that builds and loads models of a task; of a half, the whole model."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if is_half(task):
+        return AutoModelForSeq2SeqLM
     return AutoModel if task == ENCODER else AutoModelForCausalLM
 
 
@@ -71,3 +118,11 @@ def build_options(config: PreTrainedConfig, task: Task) -> dict[str, Any]:
         return {}
     takes = inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+
+
+def _names_causal_class(config: PreTrainedConfig) -> bool:
+    """Whether the class that a config names is the causal one of its type."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return causal_class is not None and causal_class.__name__ in (config.architectures or ())

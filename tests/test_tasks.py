@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import transformers
 
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, build_options, task_from_config
+from fptq_export.tasks import (
+    CAUSAL_LM,
+    ENCODER,
+    SEQ2SEQ_DECODER,
+    SEQ2SEQ_ENCODER,
+    Task,
+    build_options,
+    has_halves,
+    task_from_config,
+)
 
 CASES: dict[str, tuple[str, dict[str, Any], Task | None]] = {
     "bare encoder": ("BertConfig", {"architectures": ["BertModel"]}, ENCODER),
@@ -21,6 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Task | None]] = {
     "encoder's type as a decoder": ("BertConfig", {"is_decoder": True}, CAUSAL_LM),
     "decoder half of an encoder-decoder": ("BartConfig", {"architectures": ["BartForCausalLM"]}, CAUSAL_LM),
     "encoder-decoder": ("T5Config", {}, None),
+    "encoder-decoder whose type has a decoder of its own": ("BartConfig", {}, None),
+    "encoder-decoder of speech": ("WhisperConfig", {}, None),
     "images": ("ViTConfig", {}, None),
 }
 
@@ -39,6 +50,10 @@ def test_a_config_says_what_its_model_is(case: str) -> None:
         ("BertConfig", CAUSAL_LM, CAUSAL_LM),
         ("EsmConfig", CAUSAL_LM, None),
         ("T5Config", ENCODER, None),
+        ("T5Config", SEQ2SEQ_ENCODER, SEQ2SEQ_ENCODER),
+        ("T5Config", SEQ2SEQ_DECODER, SEQ2SEQ_DECODER),
+        ("LlamaConfig", SEQ2SEQ_DECODER, None),
+        ("WhisperConfig", SEQ2SEQ_DECODER, None),
     ],
 )
 def test_a_wanted_task_is_taken_where_there_is_a_class(name: str, wanted: Task, task: Task | None) -> None:
@@ -58,3 +73,19 @@ def test_a_wanted_task_is_taken_where_there_is_a_class(name: str, wanted: Task, 
 def test_only_models_that_have_a_pooler_are_built_without_it(name: str, task: Task, options: dict[str, Any]) -> None:
     """The option is given to classes that take it."""
     assert build_options(getattr(transformers, name)(), task) == options
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("T5Config", {}, True),
+        ("BartConfig", {"architectures": ["BartForConditionalGeneration"]}, True),
+        ("BartConfig", {"architectures": ["BartForCausalLM"]}, False),
+        ("T5Config", {"is_encoder_decoder": False}, False),
+        ("LlamaConfig", {}, False),
+        ("WhisperConfig", {}, False),
+    ],
+)
+def test_an_encoder_decoder_of_text_has_two_halves(name: str, arguments: dict[str, Any], expected: bool) -> None:
+    """The decoder of one alone, or one that hears, has not."""
+    assert has_halves(getattr(transformers, name)(**arguments)) is expected

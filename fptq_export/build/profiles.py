@@ -9,6 +9,8 @@ and the engine grows from 139 to 165 MB, while RTX specializes kernels at run ti
 | `input_ids`, `position_ids` | [batch, sequence] | batch 1..max_batch_size, sequence 1..max_input_len |
 | `past_key_values.N.key`, `.value` | [batch, heads, past, head_dim] | past 0..max_kv_len |
 | `attention_mask` | [batch, past + sequence] | 1..max_kv_len + max_input_len |
+| `encoder_hidden_states` | [batch, source, hidden] | source 1..max_input_len |
+| `encoder_attention_mask` | [batch, source] | the same |
 
 The optimum is batch 1 and the middle of the other ranges. Every input with symbolic dimensions gets its range from the
 names of its dimensions, so other decoders and encoders work as well.
@@ -46,10 +48,12 @@ Range = tuple[int, int, int]
 _SYNONYMS = {
     "batch": ("batch", "batch_size"),
     "sequence": ("sequence", "sequence_length", "seq_len"),
+    "source": ("source", "encoder_sequence_length"),
     "past": ("past", "past_sequence_length", "past_sequence", "past_length"),
     "total": ("past+sequence", "sequence+past", "past_sequence_length+sequence_length", "total_sequence_length"),
 }
 _CONTRACT = (
+    (r"encoder_(hidden_states|attention_mask)", 1, "source"),
     (r"attention_mask", 1, "total"),
     (r"past_key_values\..*", 2, "past"),
     (r"past_key_values\..*", 0, "batch"),
@@ -92,7 +96,7 @@ class LlmLimits:
 
     max_batch_size: int
     max_input_len: int
-    """Most new tokens a sequence may bring in one call."""
+    """Most new tokens a sequence may bring in one call, and most of what the encoder before a decoder gave."""
     max_kv_len: int
     """Most tokens a sequence may have in the cache before a call."""
 
@@ -297,6 +301,7 @@ def _ranges_by_symbol(inputs: Sequence[GraphInput], limits: LlmLimits, given: Se
     ranges: dict[str, Range] = {
         "batch": (1, 1, limits.max_batch_size),
         "sequence": (1, (1 + limits.max_input_len) // 2, limits.max_input_len),
+        "source": (1, (1 + limits.max_input_len) // 2, limits.max_input_len),
         "past": (0, limits.max_kv_len // 2, limits.max_kv_len),
     }
     by_name = {item.name: item for item in inputs}
@@ -311,7 +316,7 @@ def _ranges_by_symbol(inputs: Sequence[GraphInput], limits: LlmLimits, given: Se
 
 
 def _roles(inputs: Sequence[GraphInput]) -> dict[str, str]:
-    """Symbol -> `batch`, `sequence`, `past` or `total`: from the inputs of the export contract, else from the name."""
+    """Symbol -> what it counts, by the inputs of the export contract, else by its name."""
     roles: dict[str, str] = {}
     for item in inputs:
         for dim in item.dims:

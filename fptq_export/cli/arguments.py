@@ -14,6 +14,7 @@ from fptq_export.cli.eval_arguments import EVAL_EXAMPLES, EVAL_HELP, EVAL_VERB, 
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
+from fptq_export.tasks import HALF_DIRECTORIES
 
 __all__ = ["RUN_VERB", "VERB_HELP", "options_from_namespace", "parser_for_cli", "verb_and_arguments"]
 
@@ -38,6 +39,7 @@ examples:
   fptq-export MODEL -o run/ --precision 'down_proj$=w8a8' 'layers\\.0\\.=w4a16'
   fptq-export esm2/ --calib-dataset proteins.fasta --eval-text held-out.fasta --min-cosine 0.97
   fptq-export unet.onnx --calib-data inputs.npz -o run/ --engine out.plan  any ONNX model
+  fptq-export t5/ -o run/ --engine t5.plan             run/encoder and run/decoder, t5.encoder.plan and t5.decoder.plan
   fptq-export MODEL -o run/ --policy run/policy.json --engine out.plan     replay an edited policy
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export MODEL -o run/ --policy auto --effective-bits 5               choose per layer under a budget
@@ -120,7 +122,10 @@ def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--task", metavar="NAME", help="auto, causal-lm or encoder (hidden states, no cache) [what config.json says]"
+        "--task",
+        metavar="NAME",
+        help="auto, causal-lm, encoder (hidden states, no cache), seq2seq (an encoder-decoder, two runs), or one of"
+        " its halves: seq2seq-encoder, seq2seq-decoder [what config.json says]",
     )
     group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
     group.add_argument(
@@ -328,8 +333,12 @@ def _options_of_earlier_run(verb: str, values: Mapping[str, Any]) -> dict[str, A
         raise UserError("DIR", "is missing", f"fptq-export {verb} DIR, with the directory of an earlier run")
     manifest = read_manifest(Path(values["output"]))
     if manifest is None:
-        raise UserError(
-            str(values["output"]), "is not a run directory (no manifest.json)", "run fptq-export MODEL -o there"
+        parts = [name for name in HALF_DIRECTORIES.values() if read_manifest(Path(values["output"]) / name) is not None]
+        hint = (
+            f"give one of its halves: {Path(values['output']) / parts[0]}"
+            if parts
+            else "run fptq-export MODEL -o there"
         )
+        raise UserError(str(values["output"]), "is not a run directory (no manifest.json)", hint)
     earlier = manifest.options.model_dump()
     return {**earlier, "output": values["output"]}

@@ -84,17 +84,18 @@ def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> Non
         return
     options = options_from_namespace(verb, given)
     if given.get("dry_run"):
-        from fptq_export.pipeline.dry_run import print_plan
+        from fptq_export.pipeline.dry_run import print_plans
 
-        print_plan(verb, options, Console(highlight=False))
+        print_plans(verb, options, Console(highlight=False))
         return
     # The pipeline imports ONNX Runtime; help and usage errors do without.
-    from fptq_export.pipeline import run_road
+    from fptq_export.pipeline import run_road, runs_from_options
     from fptq_export.pipeline.summary import print_summary
     from fptq_export.progress import ConsoleProgress
 
-    manifest = run_road(verb, options, command, console, ConsoleProgress(console), ranks)
-    print_summary(manifest, Console(highlight=False))
+    progress = ConsoleProgress(console)
+    for run in runs_from_options(verb, options, progress, ranks):
+        print_summary(run_road(verb, run, command, console, progress, ranks), Console(highlight=False))
 
 
 def _evaluate(given: Mapping[str, Any], command: str, console: Console) -> None:

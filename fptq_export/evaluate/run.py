@@ -28,7 +28,7 @@ from fptq_export.package.manifest import read_manifest
 from fptq_export.pipeline.environment import environment
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.progress import Progress
-from fptq_export.tasks import ENCODER
+from fptq_export.tasks import ENCODER, is_half
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,6 +108,9 @@ def _source(options: EvalOptions, workdir: Path, progress: Progress) -> Source:
     directory = Path(options.source)
     manifest = read_manifest(directory)
     remote = options.trust_remote_code or (manifest is not None and manifest.options.trust_remote_code)
+    if manifest is not None and is_half(manifest.options.task):
+        cause = "is a half of an encoder-decoder, and perplexity of text is measured of language models"
+        raise UserError(options.source, cause, "fptq-export verify DIR compares it with the FP32 model")
     checkpoint = checkpoint_from_model(
         options.source if manifest is None else manifest.options.model,
         workdir=workdir if manifest is None else directory,

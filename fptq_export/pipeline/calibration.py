@@ -19,8 +19,9 @@ from calib.choose_equalization import EqualizerOptions
 from calib.decide import PolicyOptions, decide_policy
 from calib.devices import device_from_option
 from calib.graph_weights import GraphWeights
+from calib.halves import calibrated_model_from_checkpoint
 from calib.hessians import hessian_writer, owners_from_sites
-from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
+from calib.load import Checkpoint, stored_dtype, tokenizer_from_checkpoint
 from calib.observe import Execution, HessianSink, observe
 from calib.precision import excluded_paths, float_paths
 from calib.ranks import Ranks, share_of_rank
@@ -37,7 +38,7 @@ from fptq_export.pipeline.task_options import check_length
 from fptq_export.policy import LayerPolicy, Policy, WeightMethod, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
-from fptq_export.tasks import ENCODER
+from fptq_export.tasks import gives_hidden_states
 
 __all__ = [
     "Job",
@@ -127,7 +128,7 @@ def _batches(checkpoint: Checkpoint, options: RunOptions) -> TokenBatches:
     needs_no_text = options.calib_dataset == "random" or options.calib_dataset.endswith(".npz")
     tokenizer = None if needs_no_text else tokenizer_from_checkpoint(checkpoint)
     vocab_size = checkpoint.config.get_text_config().vocab_size
-    return token_batches(wanted, tokenizer, vocab_size, encoder=checkpoint.task == ENCODER)
+    return token_batches(wanted, tokenizer, vocab_size, encoder=gives_hidden_states(checkpoint.task))
 
 
 def measure(job: Job, checkpoint: Checkpoint, batches: TokenBatches, ranks: Ranks, progress: Progress) -> str:
@@ -144,7 +145,7 @@ def measure(job: Job, checkpoint: Checkpoint, batches: TokenBatches, ranks: Rank
     device = _device(job.options, ranks)
     state = CalibrationState(directory.calibration_state, job.key, ranks, hessians=job.owners is not None)
     execution = Execution(device, ranks, state, job.options.max_memory)
-    load = partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
+    load = partial(calibrated_model_from_checkpoint, checkpoint, stored_dtype(checkpoint))
     with _hessian_sink(job, directory.hessians, state) as sink:
         counts = needs_histograms(job.options)
         stats = observe(
@@ -244,7 +245,7 @@ def decide(
 
 def _sequential(checkpoint: Checkpoint, options: RunOptions, directory: RunDirectory) -> Sequential:
     return Sequential(
-        load=partial(model_from_checkpoint, checkpoint, stored_dtype(checkpoint)),
+        load=partial(calibrated_model_from_checkpoint, checkpoint, stored_dtype(checkpoint)),
         batches=_batches(checkpoint, options),
         batch_size=options.batch_size,
         device=device_from_option(options.device),

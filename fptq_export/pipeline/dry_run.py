@@ -9,13 +9,14 @@ from calib.sizes import ModelSizes, sizes_from_model
 from fptq_export.build.targets import Target, target_from_option
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
+from fptq_export.pipeline.halves import runs_from_options
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.road import VERBS
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.task_options import wanted_task
 from fptq_export.progress import NoProgress
 
-__all__ = ["estimated_sizes", "peak_memory_bytes", "print_plan"]
+__all__ = ["estimated_sizes", "peak_memory_bytes", "print_plans"]
 
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _LIBRARIES_BYTES = 1 << 30
@@ -23,14 +24,19 @@ _LIBRARIES_BYTES = 1 << 30
 _MIB = 1 << 20
 
 
-def print_plan(verb: str, options: RunOptions, console: Console) -> None:
-    """Print the stages of a verb with the files each would write; writes nothing itself.
+def print_plans(verb: str, options: RunOptions, console: Console) -> None:
+    """Print the stages of a verb with the files each would write, for each run of it; writes nothing itself.
 
     Raises:
         UserError: The model cannot be opened, or is an ONNX graph.
     """
     if is_onnx_model(options):
         raise UserError("--dry-run", "estimates models from Hugging Face, not ONNX graphs", "leave it out")
+    for run in runs_from_options(verb, options, NoProgress()):
+        _print_plan(verb, run, console)
+
+
+def _print_plan(verb: str, options: RunOptions, console: Console) -> None:
     patterns = options.exclude, options.precision
     trust, task = options.trust_remote_code, wanted_task(options)
     sizes = sizes_from_model(options.model, *patterns, NoProgress(), trust_remote_code=trust, task=task)

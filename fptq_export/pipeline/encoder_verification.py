@@ -15,6 +15,7 @@ from fptq_export.options import RunOptions
 from fptq_export.pipeline.task_options import check_length
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
+from fptq_export.tasks import is_half
 from fptq_export.verify.compare_encoders import compare_encoders
 from fptq_export.verify.encoder_report import EncoderReport
 from fptq_export.verify.encoder_sessions import OnnxEncoderSession
@@ -30,11 +31,13 @@ def verify_encoder(
     wanted = TextOptions(options.eval_text, options.eval_sentences, options.eval_seq, options.seed)
     tokenizer = None if options.eval_text.endswith(".npz") else tokenizer_from_checkpoint(checkpoint)
     vocab_size = checkpoint.config.get_text_config().vocab_size
+    model = model_from_checkpoint(checkpoint, torch.float32)
+    encoder = model.get_encoder() if is_half(checkpoint.task) else model
     batches = evaluation_batches(wanted, tokenizer, vocab_size, encoder=True)
     real = batches.tokens != PADDING
     padding = getattr(checkpoint.config, "pad_token_id", None) or 0
     return compare_encoders(
-        TorchEncoderSession(model_from_checkpoint(checkpoint, torch.float32), "torch fp32"),
+        TorchEncoderSession(encoder, "torch fp32"),
         OnnxEncoderSession(w4a8, threads=None, name=w4a8.name),
         np.where(real, batches.tokens, padding),
         real.astype(np.int64),

@@ -33,10 +33,12 @@ from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
-from fptq_export.tasks import CAUSAL_LM, ENCODER
+from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, gives_hidden_states
 
 if TYPE_CHECKING:
     from calib.load import Checkpoint
+    from fptq_export.verify.encoder_report import EncoderReport
+    from fptq_export.verify.report import VerifyReport
 
 __all__ = ["ROAD", "VERBS", "run_road"]
 
@@ -248,23 +250,12 @@ class _Road:
         self._stage("rewrite", self._option_parts("logits", "kv_cache", "kv_dtype"), (*inputs, *policy), outputs, run)
 
     def _verify(self) -> None:
-        from fptq_export.pipeline.encoder_verification import verify_encoder
-        from fptq_export.pipeline.verification import check_gates, verify
+        from fptq_export.pipeline.verification import check_gates
 
         if not self._options.verify:
             self._runner.skip("verify")
             return
-        encoder = self._models.given.task == ENCODER
-
-        def run() -> None:
-            work = (self._options, self._progress)
-            write_json_model(
-                verify_encoder(self._models.given, self._dir.w4a8, self._sites, *work)
-                if encoder
-                else verify(self._models.given, self._dir.w4a8, *work),
-                self._dir.verify,
-            )
-
+        encoder = gives_hidden_states(self._models.given.task)
         parts = ("eval_text", "eval_sentences", "seed") if encoder else ("eval_windows", "decode_steps")
         files = (self._dir.w4a8, data_path(self._dir.w4a8), *weight_files(self._models.given), *self._tokenizer_files)
         texts = tuple(path for path in (Path(self._options.eval_text),) if encoder and path.is_file())
@@ -273,9 +264,19 @@ class _Road:
             {**self._option_parts("eval_seq", *parts), "python": platform.python_version()},
             (*files, *texts),
             (self._dir.verify,),
-            run,
+            lambda: write_json_model(self._report(), self._dir.verify),
         )
         check_gates(self._dir.verify, self._options)
+
+    def _report(self) -> VerifyReport | EncoderReport:
+        from fptq_export.pipeline.decoder_verification import verify_decoder
+        from fptq_export.pipeline.encoder_verification import verify_encoder
+        from fptq_export.pipeline.verification import verify
+
+        given, w4a8, work = self._models.given, self._dir.w4a8, (self._options, self._progress)
+        if gives_hidden_states(given.task):
+            return verify_encoder(given, w4a8, self._sites, *work)
+        return (verify_decoder if given.task == SEQ2SEQ_DECODER else verify)(given, w4a8, *work)
 
     def _interchange(self) -> None:
         from fptq_export.pipeline.checkpoint import write_run_as_checkpoint

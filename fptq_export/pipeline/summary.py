@@ -13,6 +13,7 @@ from fptq_export.package.manifest import FileRecord, Manifest
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.road import ROAD
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.tasks import is_half
 from fptq_export.verify.encoder_report import EncoderReport, report_from_file
 from fptq_export.verify.graph_report import GraphReport, OutputFigures
 
@@ -32,7 +33,8 @@ def print_summary(manifest: Manifest, console: Console) -> None:
 
 
 def _result_table(manifest: Manifest) -> Table:
-    table = Table(title=f"{Path(manifest.options.model).name}: W4A8 by FPTQ", title_justify="left")
+    half = f", {manifest.options.task}" if is_half(manifest.options.task) else ""
+    table = Table(title=f"{Path(manifest.options.model).name}{half}: W4A8 by FPTQ", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
     for label, value in (

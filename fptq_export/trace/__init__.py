@@ -1,4 +1,4 @@
-"""Trace: a Hugging Face model, decoder or encoder -> `model.onnx` and `sites.json`."""
+"""Trace: a Hugging Face model, decoder, encoder or a half of both -> `model.onnx` and `sites.json`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
 from fptq_export.stored_tensor import StoredTensor
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task
+from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, Task, gives_hidden_states
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
 from fptq_export.trace.expand_gemm import expand_gemm
 from fptq_export.trace.find_sites import sites_from_graph
+from fptq_export.trace.share_tied_weights import share_tied_weights
 from fptq_export.trace.weights import attach_weights, transpose_linear_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from fptq_export.trace.from_hf import TracedModel
 
 __all__ = ["trace"]
 
@@ -43,7 +46,7 @@ def trace(
         sites_path: Where `sites.json` goes.
         progress: Where to report.
         trust_remote_code: Whether code from the model repository may run.
-        task: A causal language model with its cache, or an encoder.
+        task: A causal language model with its cache, an encoder, or a half of an encoder-decoder.
 
     Returns:
         What was written to `sites_path`.
@@ -51,15 +54,11 @@ def trace(
     Raises:
         UserError: The architecture cannot be traced, has no linear, or needs a tensor the checkpoint lacks.
     """
-    # Imports torch, which the other stages do not need.
-    from fptq_export.trace.encoder_from_hf import traced_encoder_from_config
-    from fptq_export.trace.from_hf import traced_from_config
-
-    from_config = traced_encoder_from_config if task == ENCODER else traced_from_config
     with progress.task("Tracing the model", total=None):
-        traced = from_config(config, dtype, trust_remote_code=trust_remote_code)
+        traced = _traced(config, dtype, task, trust_remote_code)
     graph = traced.graph
     with progress.task("Cleaning the graph", total=None):
+        share_tied_weights(graph, weights, traced.tied)
         attach_weights(graph, weights, traced.buffers, traced.tied)
         expand_gemm(graph)
         transpose_linear_weights(graph)
@@ -72,3 +71,15 @@ def trace(
     save_graph(graph, model_path)
     write_sites(sites, sites_path)
     return sites
+
+
+def _traced(config: PretrainedConfig, dtype: str, task: Task, trust_remote_code: bool) -> TracedModel:
+    # Imports torch, which the other stages do not need.
+    from fptq_export.trace.decoder_from_hf import traced_decoder_from_config
+    from fptq_export.trace.encoder_from_hf import traced_encoder_from_config
+    from fptq_export.trace.from_hf import traced_from_config
+
+    if gives_hidden_states(task):
+        return traced_encoder_from_config(config, dtype, trust_remote_code=trust_remote_code, task=task)
+    from_config = traced_decoder_from_config if task == SEQ2SEQ_DECODER else traced_from_config
+    return from_config(config, dtype, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""The body of a Hugging Face encoder -> an ONNX graph from tokens to hidden states, with no weights in memory.
+"""A Hugging Face encoder, or that of an encoder-decoder -> an ONNX graph from tokens to hidden states, without weights.
 
 There is no cache, no head and no pooler. Positions are those that the model counts itself. Tracing works as for
 language models (`from_hf`): under `FakeTensorMode`, from the config alone.
@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fptq_export.errors import UserError
-from fptq_export.tasks import ENCODER, auto_class, build_options
+from fptq_export.halves import cut_to_encoder, encoder_path
+from fptq_export.tasks import ENCODER, SEQ2SEQ_ENCODER, Task, auto_class, build_options
 from fptq_export.trace.from_hf import (
     OPSET,
     TORCH_DTYPES,
@@ -43,11 +44,12 @@ _UNBOUNDED = 1 << 30
 
 
 class _Encoder(nn.Module):
-    """The model as a function of tokens: one output."""
+    """The module at a path of the model as a function of tokens: one output."""
 
-    def __init__(self, model: nn.Module, uses_cache: bool) -> None:
+    def __init__(self, model: nn.Module, path: str, uses_cache: bool) -> None:
         super().__init__()
         self.wrapped = model
+        self._path = path
         self._options = {"use_cache": False} if uses_cache else {}
 
     def forward(
@@ -55,18 +57,22 @@ class _Encoder(nn.Module):
     ) -> torch.Tensor:
         """Hidden states [batch, sequence, hidden] after the last layer and its norm."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = self.wrapped(input_ids=input_ids, attention_mask=attention_mask, **types, **self._options)
+        encoder = self.wrapped.get_submodule(self._path)
+        output = encoder(input_ids=input_ids, attention_mask=attention_mask, **types, **self._options)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
 
-def traced_encoder_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_code: bool = False) -> TracedModel:
+def traced_encoder_from_config(
+    config: PretrainedConfig, dtype: str, *, trust_remote_code: bool = False, task: Task = ENCODER
+) -> TracedModel:
     """Trace an encoder from its config alone.
 
     Args:
         config: Config of the model; its weights are not needed.
         dtype: `fp16`, `bf16` or `fp32`: the type of weights and activations.
         trust_remote_code: Whether code from the model repository may run.
+        task: The body of an encoder, or the encoder of an encoder-decoder.
 
     Returns:
         The graph with inputs `input_ids`, `attention_mask` and, where the model tells segments apart,
@@ -80,30 +86,34 @@ def traced_encoder_from_config(config: PretrainedConfig, dtype: str, *, trust_re
     config._attn_implementation = "eager"
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
         with no_init_weights():  # some draw weights by the values of others, and fake tensors have none
-            model = _body(config, dtype, trust_remote_code)
-        names = _input_names(config, model)
+            model = _body(config, dtype, trust_remote_code, task)
+        half = task == SEQ2SEQ_ENCODER
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True) if half else tied_parameters(model)
+        path = encoder_path(model) if half else ""
+        encoder = cut_to_encoder(model) if half else model
+        names = _input_names(config, encoder)
         refuse_stacked_weights(model)
         with user_errors_from_torch(model):
-            graph, max_sequence = _graph_from_module(_Encoder(model, _uses_cache(model)), names)
+            graph, max_sequence = _graph_from_module(_Encoder(model, path, _uses_cache(encoder)), names)
     name_initializers(graph)
     name_dimensions(graph, dict.fromkeys(names, ("batch", "sequence")))
     return TracedModel(
         graph,
-        computed_buffers(lambda: _body(config, dtype, trust_remote_code)),
-        tied_parameters(model),
+        computed_buffers(lambda: _body(config, dtype, trust_remote_code, task)),
+        tied,
         linears_from_model(model),
         roles_from_model(model),
         max_sequence,
     )
 
 
-def _body(config: PretrainedConfig, dtype: str, trust_remote_code: bool) -> nn.Module:
+def _body(config: PretrainedConfig, dtype: str, trust_remote_code: bool, task: Task) -> PreTrainedModel:
     try:
-        model: nn.Module = auto_class(ENCODER).from_config(
+        model: PreTrainedModel = auto_class(task).from_config(
             config,
             dtype=TORCH_DTYPES[dtype],
             trust_remote_code=trust_remote_code,
-            **build_options(config, ENCODER),
+            **build_options(config, task),
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
@@ -111,7 +121,8 @@ def _body(config: PretrainedConfig, dtype: str, trust_remote_code: bool) -> nn.M
             f"no encoder can be built from its config ({str(error).splitlines()[0]})",
             "export a model that turns tokens into hidden states (BERT, RoBERTa, ESM-2, ...)",
         ) from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _parameters(model: nn.Module) -> set[str]:

@@ -59,12 +59,12 @@ def fold_site_or_reason(
 
 
 def stray_reader(value: ir.Value, readers: Sequence[LinearNode]) -> str | None:
-    """Who reads a tensor beside the linears, in a sentence; None if nobody does."""
+    """Who reads a tensor beside the linears, in a sentence; None if nobody does. Its shape is not what is in it."""
     if value.is_graph_output():
         return f"its input {value.name!r} is also an output of the graph"
     matmuls = {id(reader.matmul) for reader in readers}
     for use in value.uses():
-        if id(use.node) not in matmuls or use.idx != 0:
+        if use.node.op_type != "Shape" and (id(use.node) not in matmuls or use.idx != 0):
             return f"its input is also read by {use.node.op_type} node {use.node.name!r}, which is no linear"
     return None
 

@@ -10,7 +10,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,14 +30,20 @@ from fptq_export.trace.model_linears import LinearRole, linears_from_model, role
 
 __all__ = [
     "OPSET",
+    "SAMPLE_BATCH",
+    "SAMPLE_SEQUENCE",
     "TORCH_DTYPES",
     "WRAPPER",
+    "KeyValue",
     "TracedModel",
     "computed_buffers",
+    "graph_with_cache",
+    "keys_and_values",
     "name_dimensions",
     "name_initializers",
     "quiet",
     "refuse_stacked_weights",
+    "sample_past",
     "tied_parameters",
     "traced_from_config",
     "user_errors_from_torch",
@@ -48,7 +54,7 @@ OPSET = 21
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WRAPPER = "wrapped"
 _MATRIX_RANK = 2
-_SAMPLE_BATCH, _SAMPLE_SEQUENCE, _SAMPLE_PAST = 2, 3, 5
+SAMPLE_BATCH, SAMPLE_SEQUENCE, _SAMPLE_PAST = 2, 3, 5
 """Sample sizes: all different and above 1, so that no two dimensions are taken for one and none is specialized."""
 
 
@@ -102,7 +108,7 @@ class _FlatCausalLM(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits, _keys_and_values(cache)
+        return output.logits, keys_and_values(cache)
 
 
 def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_code: bool = False) -> TracedModel:
@@ -130,8 +136,10 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
         unstack_experts(model, static=True)
         refuse_stacked_weights(model)
         with user_errors_from_torch(model):
-            past = _sample_past(model, torch_dtype)
-            graph = _graph_from_module(_FlatCausalLM(model), _sample_inputs(past), len(past))
+            ids = torch.zeros(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.long)
+            cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+            past = sample_past(model, torch_dtype, cache)
+            graph = graph_with_cache(_FlatCausalLM(model), _sample_inputs(), past)
     name_initializers(graph)
     tokens = ("batch", "sequence")
     names = {"input_ids": tokens, "position_ids": tokens, "attention_mask": ("batch", "total")}
@@ -181,21 +189,29 @@ def refuse_stacked_weights(model: nn.Module) -> None:
         )
 
 
-def _sample_past(model: nn.Module, dtype: torch.dtype) -> list[KeyValue]:
-    """A cache of every layer; heads and head sizes come from a fake forward pass rather than from config names."""
-    ids = torch.zeros(_SAMPLE_BATCH, _SAMPLE_SEQUENCE, dtype=torch.long)
-    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+def sample_past(model: nn.Module, dtype: torch.dtype, cache: object) -> list[KeyValue]:
+    """A cache of every layer; heads and head sizes come from a fake forward pass rather than from config names.
+
+    Args:
+        model: For errors.
+        dtype: Of keys and values.
+        cache: What the forward pass returned, of a batch of `SAMPLE_BATCH`.
+
+    Raises:
+        UserError: It is no cache of keys and values.
+    """
     if not isinstance(cache, DynamicCache):
         state = "keeps no key-value cache" if cache is None else f"keeps its state in {type(cache).__name__}"
         raise UserError(type(model).__name__, state, _ONLY_DECODERS)
 
     def sample(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(_SAMPLE_BATCH, tensor.shape[1], _SAMPLE_PAST, tensor.shape[3], dtype=dtype)
+        return torch.zeros(SAMPLE_BATCH, tensor.shape[1], _SAMPLE_PAST, tensor.shape[3], dtype=dtype)
 
-    return [(sample(keys), sample(values)) for keys, values in _keys_and_values(cache)]
+    return [(sample(keys), sample(values)) for keys, values in keys_and_values(cache)]
 
 
-def _keys_and_values(cache: DynamicCache) -> list[KeyValue]:
+def keys_and_values(cache: DynamicCache) -> list[KeyValue]:
+    """Keys and values of every layer. Raises UserError when a layer keeps something else."""
     pairs: list[KeyValue] = []
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -205,23 +221,32 @@ def _keys_and_values(cache: DynamicCache) -> list[KeyValue]:
     return pairs
 
 
-def _sample_inputs(past: list[KeyValue]) -> tuple[object, ...]:
-    ids = torch.zeros(_SAMPLE_BATCH, _SAMPLE_SEQUENCE, dtype=torch.long)
-    mask = torch.ones(_SAMPLE_BATCH, _SAMPLE_PAST + _SAMPLE_SEQUENCE, dtype=torch.long)
-    return ids, mask, torch.zeros_like(ids), past
+def _sample_inputs() -> dict[str, torch.Tensor]:
+    ids = torch.zeros(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.long)
+    mask = torch.ones(SAMPLE_BATCH, _SAMPLE_PAST + SAMPLE_SEQUENCE, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.zeros_like(ids)}
 
 
-def _graph_from_module(module: nn.Module, sample: tuple[object, ...], layers: int) -> ir.Model:
+def graph_with_cache(module: nn.Module, inputs: Mapping[str, torch.Tensor], past: Sequence[KeyValue]) -> ir.Model:
+    """Trace a module that takes tensors and a cache, and gives logits and the cache after them.
+
+    Args:
+        module: Called with the tensors in order, then with `past`.
+        inputs: Name -> sample; the first two dimensions of each are dynamic.
+        past: Sample of the cache.
+    """
     any_size = torch.export.Dim.AUTO
-    tokens = {0: any_size, 1: any_size}
-    past = {0: any_size, 2: any_size}
+    tokens, cached, layers = {0: any_size, 1: any_size}, {0: any_size, 2: any_size}, len(past)
     program = torch.export.export(
-        module, sample, dynamic_shapes=(tokens, tokens, tokens, [(past, past)] * layers), strict=False
+        module,
+        (*inputs.values(), past),
+        dynamic_shapes=(*[tokens] * len(inputs), [(cached, cached)] * layers),
+        strict=False,
     )
     exported = torch.onnx.export(
         program,
         (),
-        input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", layers)],
+        input_names=[*inputs, *_cache_names("past_key_values", layers)],
         output_names=["logits", *_cache_names("present", layers)],
         opset_version=OPSET,
         optimize=False,
@@ -243,7 +268,7 @@ def name_initializers(graph: ir.Model) -> None:
             value.name = value.name.removeprefix(f"{WRAPPER}.")
 
 
-def name_dimensions(graph: ir.Model, names: Mapping[str, tuple[str, ...]]) -> None:
+def name_dimensions(graph: ir.Model, names: Mapping[str, tuple[str | None, ...]]) -> None:
     """Give dynamic dimensions the names people look for in the file, everywhere in the graph.
 
     Args:

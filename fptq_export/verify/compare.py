@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,15 @@ from fptq_export.verify.perplexity import CHUNK_TOKENS, Perplexity, log_softmax,
 from fptq_export.verify.report import LogitFigures, VerifyReport
 from fptq_export.verify.sessions import CausalSession
 
-__all__ = ["DECODE_STEPS", "PROMPT_TOKENS", "compare_sessions"]
+__all__ = ["DECODE_STEPS", "PROMPT_TOKENS", "SessionsOfWindow", "compare_sessions", "compare_windows"]
 
 DECODE_STEPS = 16
 PROMPT_TOKENS = 64
 """Tokens of the first window that decoding starts from: enough context for the cache to matter, little to compute."""
+
+
+SessionsOfWindow = Callable[[int], tuple[CausalSession, CausalSession]]
+"""Index of a window -> reference and candidate that run it. Their names are the same for all windows."""
 
 
 def compare_sessions(
@@ -30,14 +35,28 @@ def compare_sessions(
     *,
     cache_bound: CacheBound,
 ) -> VerifyReport:
-    """Measure how far a candidate is from its reference.
+    """Measure how far a candidate is from its reference; as `compare_windows`, with two sessions for all windows."""
+    return compare_windows(
+        lambda _index: (reference, candidate), windows, decode_steps, progress, cache_bound=cache_bound
+    )
+
+
+def compare_windows(
+    sessions: SessionsOfWindow,
+    windows: NDArray[np.int64],
+    decode_steps: int = DECODE_STEPS,
+    progress: Progress | None = None,
+    *,
+    cache_bound: CacheBound,
+) -> VerifyReport:
+    """Measure how far candidates are from their references.
 
     Both run every window at batch 1; the logits of one window (4 x S x V bytes for each session) are in memory at a
     time. Then the reference decodes greedily from the head of the first window and the candidate is fed its tokens.
 
     Args:
-        reference: The model to be reproduced.
-        candidate: The model to be judged.
+        sessions: The model to be reproduced and the one to be judged; a decoder is another session for each window,
+            behind what its encoder gave for it.
         windows: int64 [n, S], S >= 2: token ids, without overlap or padding.
         decode_steps: Greedy decode steps, at least 1.
         progress: Where to report.
@@ -54,9 +73,10 @@ def compare_sessions(
     totals = _Totals()
     with progress.task("Comparing logits", total=windows.size, unit="tokens") as task:
         for index, window in enumerate(windows):
-            _compare_window(reference, candidate, window, f"window {index}", totals)
+            _compare_window(*sessions(index), window, f"window {index}", totals)
             task.advance(window.size)
     with progress.task("Decoding", total=2 * decode_steps, unit="tokens") as task:
+        reference, candidate = sessions(0)
         prompt = windows[0, :PROMPT_TOKENS]
         decode, cache = compare_decode(reference, candidate, prompt, decode_steps, cache_bound, task)
     perplexity_r, perplexity_c = totals.reference.figures(), totals.candidate.figures()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +23,8 @@ from fptq_export.verify.ort_values import (
 )
 
 __all__ = [
+    "FLOAT_TYPES",
+    "INTEGER_TYPES",
     "ORT_ERRORS",
     "CausalSession",
     "GraphOptimization",
@@ -41,10 +43,9 @@ _OPTIMIZATION_LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-_INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
-_FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
+FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _INT8_TYPES = ("tensor(int8)",)
-_IDS_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _WRITE_INDICES = "write_indices"
 """Input of graphs with a static cache: slots of each sequence that are filled before the call."""
 _SLOTS = 64
@@ -139,6 +140,11 @@ class OnnxCausalSession:
             above; all that is missing is listed.
     """
 
+    inputs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("input_ids", "attention_mask", "position_ids"), INTEGER_TYPES
+    )
+    """Inputs beside the cache -> types they may have."""
+
     def __init__(
         self,
         path: Path,
@@ -150,9 +156,10 @@ class OnnxCausalSession:
     ) -> None:
         self.name = path.name if name is None else name
         self._path = path
+        self._given: Mapping[str, NDArray[Any]] = {}
         graph = graph_with_all_logits(path) if all_logits and gives_last_only(path) else None
         self._session = session_from_path(path, threads, optimization, graph)
-        self._signature = _signature_from_session(path, self._session)
+        self._signature = _signature_from_session(path, self._session, self.inputs)
         self._outputs = ["logits", *self._signature.past_from_present]
 
     @property
@@ -211,6 +218,7 @@ class OnnxCausalSession:
             "attention_mask": np.ones((batch, slots or past_length + length)),
             "position_ids": positions,
             _WRITE_INDICES: np.full(batch, past_length),
+            **self._given,
         }
         return {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._signature.ids.items()}
 
@@ -274,7 +282,7 @@ def _with_slots(value: Any, slots: int) -> Any:
     return ort_value_from_array(longer)
 
 
-def _signature_from_session(path: Path, session: Any) -> _Signature:
+def _signature_from_session(path: Path, session: Any, types: Mapping[str, tuple[str, ...]]) -> _Signature:
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     cached = {match.groups() for name in inputs if (match := _PAST.fullmatch(name))}
@@ -287,14 +295,14 @@ def _signature_from_session(path: Path, session: Any) -> _Signature:
     codes = [past for past in pairs.values() if past + _SCALE in inputs]
     floats = [past for past in pairs.values() if past not in codes] + [past + _SCALE for past in codes]
     pairs |= {f"{present}{_SCALE}": past + _SCALE for present, past in pairs.items() if past in codes}
-    ids = (*_IDS_INPUTS, *([_WRITE_INDICES] if _WRITE_INDICES in inputs else []))
+    ids = {**types, **({_WRITE_INDICES: INTEGER_TYPES} if _WRITE_INDICES in inputs else {})}
     problems = [
-        *_type_problems("input", ids, inputs, _INTEGER_TYPES),
-        *_type_problems("input", floats, inputs, _FLOAT_TYPES),
+        *(problem for name in ids for problem in _type_problems("input", (name,), inputs, ids[name])),
+        *_type_problems("input", floats, inputs, FLOAT_TYPES),
         *_type_problems("input", codes, inputs, _INT8_TYPES),
         *_shape_problems(pairs.values(), inputs),
-        *_type_problems("output", ("logits",), outputs, _FLOAT_TYPES),
-        *_type_problems("output", pairs, outputs, (*_FLOAT_TYPES, *_INT8_TYPES)),
+        *_type_problems("output", ("logits",), outputs, FLOAT_TYPES),
+        *_type_problems("output", pairs, outputs, (*FLOAT_TYPES, *_INT8_TYPES)),
         *(Problem(name, "input that nothing fills") for name in inputs.keys() - {*ids, *pairs.values()}),
     ]
     if problems:

@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     T5Config,
+    ViTConfig,
 )
 
 import calib.hub
@@ -228,9 +229,13 @@ def test_directory_without_weights_is_refused(tiny_llama_copy: Path) -> None:
         (lambda d: edit_config(d, num_attention_heads=7), "not a multiple"),
         (lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}), "already quantized"),
         (lambda d: edit_config(d, transformers_weights="other.safetensors"), "bypass the checks"),
-        (lambda d: T5Config().save_pretrained(d), "no causal language model"),
+        (lambda d: ViTConfig().save_pretrained(d), "no causal language model"),
+        (lambda d: T5Config().save_pretrained(d), "two graphs and no single one"),
     ],
-    ids=["missing", "not JSON", "unknown type", "wrong type", "impossible", "quantized", "redirected", "not causal"],
+    ids=[
+        *("missing", "not JSON", "unknown type", "wrong type", "impossible", "quantized", "redirected", "not causal"),
+        "encoder-decoder",
+    ],
 )
 def test_unusable_config_is_refused(tiny_llama_copy: Path, break_config: Callable[[Path], object], words: str) -> None:
     """Each kind of bad config gives one error that names config.json and the cause."""

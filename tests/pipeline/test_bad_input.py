@@ -66,9 +66,9 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "infinite weight": (lambda model: edit_weight(model, WEIGHT, float("inf")), (WEIGHT,)),
     "weight too large for FP16": (lambda model: edit_weight(model, WEIGHT, 1e6), (WEIGHT, "bf16")),
     "tokenizer missing": (remove_tokenizer, ("tokenizer",)),
-    "encoder-decoder": (
-        lambda model: edit_config(model, model_type="t5", architectures=["T5ForConditionalGeneration"]),
-        ("config.json", "no causal language model and no encoder", "t5"),
+    "encoder-decoder of speech": (
+        lambda model: edit_config(model, model_type="whisper", architectures=["WhisperForConditionalGeneration"]),
+        ("config.json", "whisper", "does not turn text into text"),
     ),
 }
 

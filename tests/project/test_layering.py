@@ -13,8 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
     {
-        *("cpu", "errors", "experts", "files", "graph_io", "memory", "numerics", "options"),
-        *("packing", "policy", "progress", "roofline", "sites", "sources", "stored_tensor", "tasks", "tensor_writer"),
+        *("cpu", "errors", "experts", "files", "graph_io", "halves", "memory", "numerics"),
+        *(
+            "options",
+            "packing",
+            "policy",
+            "progress",
+            "roofline",
+            "sites",
+            "sources",
+            "stored_tensor",
+            "tasks",
+            "tensor_writer",
+        ),
     }
 )
 DRIVERS = frozenset({"__main__", "cli", "evaluate", "pipeline"})

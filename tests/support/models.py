@@ -14,11 +14,13 @@ __all__ = [
     "ENCODER_SIZES",
     "ESM_MASK",
     "model_once",
+    "tiny_bart",
     "tiny_bert",
     "tiny_esm",
     "tiny_gemma",
     "tiny_llama",
     "tiny_opt",
+    "tiny_t5",
 ]
 
 _SIZES: dict[str, Any] = {
@@ -83,6 +85,16 @@ def tiny_gemma() -> PretrainedConfig:
     )
 
 
+def tiny_bart() -> PretrainedConfig:
+    """Encoder-decoder with LayerNorm after each addition, biases, learned positions, body below `model`; one layer."""
+    from transformers import BartConfig
+
+    layers = {"layers": 1, "attention_heads": 4, "ffn_dim": 128}
+    halves: dict[str, Any] = {f"{half}_{name}": it for half in ("encoder", "decoder") for name, it in layers.items()}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 0}
+    return BartConfig(**halves, **tokens, d_model=64, vocab_size=512, max_position_embeddings=128, init_std=_SPREAD)
+
+
 def tiny_bert() -> PretrainedConfig:
     """LayerNorm after each addition, GELU MLP, biases, two segments; two layers."""
     from transformers import BertConfig
@@ -106,3 +118,17 @@ def tiny_esm() -> PretrainedConfig:
         pad_token_id=1,
         initializer_range=_SPREAD,
     )
+
+
+def tiny_t5(*, gated: bool, layers: int = 1) -> PretrainedConfig:
+    """Relative positions, RMSNorm; T5 1.1 (GELU-gated MLP, plain head) or the original (ReLU, scaled and tied head).
+
+    From the second layer on, layers are given the position bias that the first one made.
+    """
+    from transformers import T5Config
+
+    sizes: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "vocab_size": 512}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 1}
+    head: dict[str, Any] = {"tie_word_embeddings": not gated}
+    mlp = "gated-gelu" if gated else "relu"
+    return T5Config(**sizes, **tokens, **head, num_layers=layers, feed_forward_proj=mlp)

@@ -88,6 +88,7 @@ MUST_FIND = {
     "through Cast and Reshape": Found(
         "p = LayerNormalization(u, w, b) q = Cast<to = 1>(p) x = Reshape(q, flat)", "norm", (WEIGHT, BIAS)
     ),
+    "its shape is read": Found("x = Mul(u, w) shape = Shape(x)", "norm", (WEIGHT,)),
     "Gemma": Found("o = Add(one, w) x = Mul(u, o)", "offset_norm", (Producer(initializer="w", axis=0, offset=1.0),)),
     "Gemma with a cast weight": Found(
         "c = Cast<to = 1>(w) o = Add(c, one) x = Mul(o, u)",

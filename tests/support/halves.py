@@ -1,0 +1,65 @@
+"""Encoder-decoders in torch and as graphs, for tests of either half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from tests.support.traced import causal_feed
+
+__all__ = ["TeacherForced", "decoder_feed", "seq2seq_model"]
+
+
+def seq2seq_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The whole model of a checkpoint, as transformers loads it; parameters that share storage are set apart."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").to(dtype)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    return model.eval()
+
+
+class TeacherForced(nn.Module):
+    """A half as a function of tokens: what its graph gives, as `logits`.
+
+    Args:
+        model: The whole model.
+        graph: Name of the graph that gives the same: `encoder`, or one that starts with `decoder`.
+        source: Tokens of the encoder before the decoder, int64 [batch, source].
+    """
+
+    def __init__(self, model: nn.Module, graph: str, source: NDArray[np.int64]) -> None:
+        super().__init__()
+        self._model: Any = model
+        self._encodes = graph == "encoder"
+        self._source = torch.from_numpy(source)
+
+    def forward(self, ids: torch.Tensor, *, use_cache: bool = False) -> SimpleNamespace:
+        """Hidden states of the encoder, or logits of the decoder behind the encoder's source."""
+        if self._encodes:
+            return SimpleNamespace(logits=self._model.get_encoder()(input_ids=ids).last_hidden_state)
+        return SimpleNamespace(
+            logits=self._model(input_ids=self._source, decoder_input_ids=ids, use_cache=use_cache).logits
+        )
+
+
+def decoder_feed(
+    graph: Path,
+    ids: NDArray[np.int64],
+    hidden: NDArray[np.float32],
+    mask: NDArray[np.int64] | None = None,
+    past: dict[str, NDArray[Any]] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Inputs of a decoder: ids [batch, sequence] behind hidden states [batch, source, H] and a past, or none."""
+    feed = causal_feed(graph, ids, past)
+    del feed["attention_mask"], feed["position_ids"]
+    all_tokens = np.ones(hidden.shape[:2], np.int64)
+    return {**feed, "encoder_hidden_states": hidden, "encoder_attention_mask": all_tokens if mask is None else mask}
