@@ -37,7 +37,7 @@ def sites_from_graph(
     linears, unmatched = find_linears(model, modules)
     if not linears:
         raise UserError("model", "has no linear layer that could be quantized", "export a transformer")
-    name_linear_nodes(linears)
+    name_linear_nodes(model, linears)
     readers: dict[int, list[LinearNode]] = {}
     for linear in linears.values():
         readers.setdefault(id(linear.input), []).append(linear)
