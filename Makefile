@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 PLUGIN_ARGS ?=
-FIRST_TESTS := $(addprefix tests/,build calib evaluate experts families plugins/emulation plugins/gates plugins/ptx rewrite trace verify)
+FIRST_TESTS := $(addprefix tests/,build calib evaluate experts families pipeline/test_encoders.py plugins/emulation plugins/gates plugins/ptx rewrite trace verify)
 DEMO_DIR := demo/smollm2
 DEMO_ENGINE := demo/smollm2.plan
 
@@ -68,7 +68,7 @@ else
 endif
 
 # Two halves of about the same time, side by side, each on one core: threads that wait for each other on a core that another test computes on cost
-# more than they give. No build folder is shared.
+# more than they give. No build folder is shared; tests that share the runs of the encoders are in one half.
 .PHONY: test-first test-others
 test-first test-others: export OMP_NUM_THREADS := 1
 test-first:
