@@ -35,6 +35,7 @@ from fptq_export.tasks import CAUSAL_LM, ENCODER
 
 if TYPE_CHECKING:
     from calib.load import Checkpoint
+    from fptq_export.rewrite import GraphForm
 
 __all__ = ["ROAD", "VERBS", "run_road"]
 
@@ -163,6 +164,7 @@ class _Road:
         )
 
     def _trace(self) -> None:
+        from fptq_export.rewrite import check_form
         from fptq_export.trace import trace
 
         checkpoint = self._checkpoint
@@ -187,6 +189,14 @@ class _Road:
         self._stage(
             "trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run
         )
+        if self._dir.model.is_file():  # an earlier run that ended well may have removed it
+            check_form(self._dir.model, self._form)
+
+    @property
+    def _form(self) -> GraphForm:
+        from fptq_export.rewrite import GraphForm
+
+        return GraphForm(self._options.logits, self._options.kv_cache, self._options.kv_dtype)
 
     def _calibrate(self) -> None:
         from fptq_export.pipeline.calibration import calibrate, measured_parts
@@ -229,14 +239,13 @@ class _Road:
         self._runner.run(policy_stage(self._options, self._dir, inputs, self._progress))
 
     def _rewrite(self) -> None:
-        from fptq_export.rewrite import GraphForm, RewritePaths, rewrite
+        from fptq_export.rewrite import RewritePaths, rewrite
 
         paths = RewritePaths(self._dir.model, self._dir.qdq, self._dir.w4a8)
 
         def run() -> Mapping[str, Any]:
             arrays = PolicyArrays(arrays_path(self._dir.policy))
-            form = GraphForm(self._options.logits, self._options.kv_cache, self._options.kv_dtype)
-            return rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress, form)
+            return rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress, self._form)
 
         inputs = (self._dir.model, data_path(self._dir.model), self._dir.sites)
         policy = (self._dir.policy, arrays_path(self._dir.policy))
