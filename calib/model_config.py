@@ -16,7 +16,9 @@ from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, task_from_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["MODEL_ERRORS", "config_hint", "first_line", "read_config", "task_of_model"]
+__all__ = ["CONFIG_FILE", "MODEL_ERRORS", "changed_config", "config_hint", "first_line", "read_config", "task_of_model"]
+
+CONFIG_FILE = "config.json"
 
 MODEL_ERRORS = (
     ValueError,
@@ -37,7 +39,7 @@ def read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> Pr
     Raises:
         UserError: It is missing or unreadable, or not of a model that this tool can quantize.
     """
-    file = directory / "config.json"
+    file = directory / CONFIG_FILE
     if not file.is_file():
         raise UserError(str(file), "no such file", "give the directory that holds config.json and the weights")
     try:
@@ -59,6 +61,21 @@ def read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> Pr
     return config
 
 
+def changed_config(directory: Path, **changes: object) -> str:
+    """`config.json` of a model whose weights are written anew in float32, as text.
+
+    Args:
+        directory: Holds the file.
+        changes: Other entries that change, also in the config of the text model that a config may contain.
+    """
+    raw = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    raw.pop("torch_dtype", None)
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict):
+            part.update(dtype="float32", **changes)
+    return json.dumps(raw, indent=1, sort_keys=True) + "\n"
+
+
 def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path, *, trust_remote_code: bool) -> Task:
     """What a model is opened as: as wanted, else as its config says.
 
@@ -71,7 +88,7 @@ def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path
     names = {CAUSAL_LM: "causal language model", ENCODER: "encoder"}
     missing = names[wanted] if wanted is not None else " and no ".join(names.values())
     raise UserError(
-        str(directory / "config.json"),
+        str(directory / CONFIG_FILE),
         f"transformers has no {missing} for model_type {config.model_type!r}",
         "give a decoder-only language model or an encoder",
     )

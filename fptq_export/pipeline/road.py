@@ -1,6 +1,6 @@
 """The one-way road, and the only module that knows its order.
 
-load -> rotate -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
+load -> merge -> rotate -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
 from fptq_export.pipeline.check_options import check_options, replays
 from fptq_export.pipeline.environment import environment, library_versions
-from fptq_export.pipeline.models import RunModels, rotated_files, weight_files
+from fptq_export.pipeline.models import RunModels, merge_stage, rotate_stage, weight_files
 from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.policy_stage import PolicyInputs, policy_stage
 from fptq_export.pipeline.run_directory import RunDirectory
@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ROAD", "VERBS", "run_road"]
 
-ROAD = ("load", "rotate", "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
+_MODEL = ("load", "merge", "rotate")
+ROAD = (*_MODEL, "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
 VERBS: Mapping[str, tuple[str, ...]] = {
     "run": ROAD,
-    "trace": ("load", "rotate", "trace"),
-    "calibrate": ("load", "rotate", "calibrate", "policy"),
+    "trace": (*_MODEL, "trace"),
+    "calibrate": (*_MODEL, "calibrate", "policy"),
     "rewrite": ("rewrite",),
     "verify": ("verify",),
     "checkpoint": ("interchange",),
@@ -144,24 +145,22 @@ class _Road:
     def _load(self) -> None:
         verifies_text = self._options.verify and not self._options.eval_text.endswith(".npz")
         needs_text = verifies_text or not (self._replays or self._options.calib_dataset == "random")
-        parts = {**self._option_parts("dtype", "rotate"), "needs_text": needs_text}
+        parts = {**self._option_parts("dtype", "rotate", "adapter"), "needs_text": needs_text}
         inputs = self._models.source_files()
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
 
-    def _rotate(self) -> None:
-        from calib.rotation import write_rotated
+    def _merge(self) -> None:
+        adapter = self._models.adapter
+        if adapter is None:
+            self._runner.skip("merge")
+        else:
+            self._runner.run(merge_stage(self._models, adapter, self._dir, self._progress))
 
-        if not self._options.rotate:
+    def _rotate(self) -> None:
+        if self._options.rotate:
+            self._runner.run(rotate_stage(self._models, self._dir, self._progress))
+        else:
             self._runner.skip("rotate")
-            return
-        given, copies = self._models.given, self._models.companions()
-        self._stage(
-            "rotate",
-            {},
-            (*weight_files(given), *copies),
-            rotated_files(self._dir, copies),
-            lambda: write_rotated(given, self._dir.rotated, copies, self._progress),
-        )
 
     def _trace(self) -> None:
         from fptq_export.rewrite import check_form
