@@ -69,7 +69,7 @@ else
 endif
 
 # Two halves of about the same time, side by side, each on one core: threads that wait for each other on a core that another test computes on cost
-# more than they give. No build folder is shared.
+# more than they give. No build folder is shared; tests that share the runs of the encoders are in one half.
 .PHONY: test-first test-others
 test-first test-others: export OMP_NUM_THREADS := 1
 test-first:

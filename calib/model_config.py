@@ -17,7 +17,9 @@ from fptq_export.tasks import CAUSAL_LM, ENCODER, SEQ2SEQ_DECODER, SEQ2SEQ_ENCOD
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["MODEL_ERRORS", "config_hint", "first_line", "read_config", "task_of_model"]
+__all__ = ["CONFIG_FILE", "MODEL_ERRORS", "changed_config", "config_hint", "first_line", "read_config", "task_of_model"]
+
+CONFIG_FILE = "config.json"
 
 MODEL_ERRORS = (
     ValueError,
@@ -46,7 +48,7 @@ def read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> Pr
     Raises:
         UserError: It is missing or unreadable, or not of a model that this tool can quantize.
     """
-    file = directory / "config.json"
+    file = directory / CONFIG_FILE
     if not file.is_file():
         raise UserError(str(file), "no such file", "give the directory that holds config.json and the weights")
     try:
@@ -68,6 +70,21 @@ def read_config(directory: Path, trust_remote_code: bool, quantized: bool) -> Pr
     return config
 
 
+def changed_config(directory: Path, **changes: object) -> str:
+    """`config.json` of a model whose weights are written anew in float32, as text.
+
+    Args:
+        directory: Holds the file.
+        changes: Other entries that change, also in the config of the text model that a config may contain.
+    """
+    raw = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    raw.pop("torch_dtype", None)
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict):
+            part.update(dtype="float32", **changes)
+    return json.dumps(raw, indent=1, sort_keys=True) + "\n"
+
+
 def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path, *, trust_remote_code: bool) -> Task:
     """What a model is opened as: as wanted, else as its config says.
 
@@ -77,7 +94,7 @@ def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path
     task = task_from_config(config, wanted, trust_remote_code=trust_remote_code)
     if task is not None:
         return task
-    where = str(directory / "config.json")
+    where = str(directory / CONFIG_FILE)
     if wanted is None and config.is_encoder_decoder:
         kind = f"model_type {config.model_type!r} is an encoder-decoder"
         if has_halves(config):

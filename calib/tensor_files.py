@@ -14,7 +14,13 @@ from safetensors import SafetensorError, safe_open
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.stored_tensor import Rows, StoredTensor
 
-__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "TensorEntry", "tensor_entries_from_directory"]
+__all__ = [
+    "INDEX_FILE",
+    "WEIGHTS_FILE",
+    "TensorEntry",
+    "tensor_entries_from_directory",
+    "tensor_entries_from_files",
+]
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -55,7 +61,7 @@ def tensor_entries_from_directory(directory: Path) -> dict[str, TensorEntry]:
         UserErrors: The index leaves the directory, or names files or tensors that are not there (all of them at once).
     """
     if (directory / WEIGHTS_FILE).is_file():
-        return _entries_from_files([directory / WEIGHTS_FILE])
+        return tensor_entries_from_files([directory / WEIGHTS_FILE])
     if (directory / INDEX_FILE).is_file():
         return _entries_from_index(directory / INDEX_FILE)
     if any(next(directory.glob(pattern), None) for pattern in _PICKLE_PATTERNS):
@@ -88,7 +94,7 @@ def _entries_from_index(index: Path) -> dict[str, TensorEntry]:
             [Problem("$.weight_map", f"shard {name} is missing") for name in missing],
             "download the checkpoint again; every shard is needed",
         )
-    entries = _entries_from_files(shards)
+    entries = tensor_entries_from_files(shards)
     absent = [
         Problem(f'$.weight_map["{name}"]', f"{file} does not hold this tensor")
         for name, file in weight_map.items()
@@ -115,7 +121,12 @@ def _is_inside(file: str) -> bool:
     return bool(file) and not path.is_absolute() and ".." not in path.parts and "\\" not in file
 
 
-def _entries_from_files(files: Iterable[Path]) -> dict[str, TensorEntry]:
+def tensor_entries_from_files(files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """List every tensor of some safetensors files.
+
+    Raises:
+        UserError: A file is damaged, or none of them holds a tensor.
+    """
     entries: dict[str, TensorEntry] = {}
     for file in files:
         try:

@@ -17,6 +17,7 @@ from fptq_export.files import atomic_path
 __all__ = ["DATA_SUFFIX", "data_path", "lazy_tensor", "load_graph", "save_graph", "write_weights"]
 
 DATA_SUFFIX = ".data"
+_STANDARD = "ai.onnx"
 _INLINE_BYTES = 1024
 """Initializers up to this size stay in the .onnx file, where tools print them."""
 
@@ -67,8 +68,9 @@ def load_graph(path: Path) -> ir.Model:
     A data file that is not there is no error yet: a lowered graph may leave its weights beside another one.
 
     Raises:
-        UserError: The graph cannot be read, or a data file is not its own: outside its directory, or with a second
-            name (hard link), which onnx_ir refuses only once the weights are needed.
+        UserError: The graph cannot be read, it does not say which version of an operator set it uses, or a data file is
+            not its own: outside its directory, or with a second name (hard link), which onnx_ir refuses only once the
+            weights are needed.
     """
     if not path.is_file():
         raise UserError(str(path), "no such file", "run the stage that writes it first")
@@ -80,12 +82,24 @@ def load_graph(path: Path) -> ir.Model:
     if not model.graph.outputs:
         # An empty file, or one cut off between two fields, is a valid protobuf.
         raise UserError(str(path), "not a readable ONNX file (it holds no graph)", "export the model again")
+    _check_opsets(model, path)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             _check_data_file(tensor)
             value.const_value = _StoredTensor.like(tensor, str(tensor.location), str(tensor.base_dir), tensor.name)
     return model
+
+
+def _check_opsets(model: ir.Model, path: Path) -> None:
+    imports = model.opset_imports
+    if _STANDARD in imports:  # the other name of the empty domain, which onnx_ir gives to nodes but not to imports
+        imports.setdefault("", imports.pop(_STANDARD))
+    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    missing = sorted(domain or _STANDARD for domain in used - imports.keys())
+    if missing:
+        cause = f"has operators of {', '.join(missing)}, but opset_import does not give a version of it"
+        raise UserError(str(path), cause, "export the model again")
 
 
 def _check_data_file(tensor: ir.ExternalTensor) -> None:

@@ -186,6 +186,38 @@ def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> None:
         load_graph(path)
 
 
+@pytest.mark.parametrize(
+    ("domain", "named"), [("", "ai.onnx"), ("com.example", "com.example")], ids=["standard", "custom"]
+)
+def test_operators_of_no_version_are_refused(domain: str, named: str, tmp_path: Path) -> None:
+    """What an operator does depends on its opset: no version is guessed, in a branch neither."""
+    body = f"{f'{domain}.' if domain else ''}Relu(x)"
+    imports = {"": 21, "com.example": 1}
+    opsets = ", ".join(f'"{name}" : {version}' for name, version in imports.items())
+    text = f"""<ir_version: 10, opset_import: [{opsets}]> g (float[n] x, bool c) => (float[n] y) {{
+        y = If(c) <a = t () => (float[n] u) {{ u = {body} }}, b = e () => (float[n] v) {{ v = Neg(x) }}> }}"""
+    proto = onnx.parser.parse_model(text)
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    load_graph(path)
+    kept = [entry for entry in proto.opset_import if entry.domain != domain]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    onnx.save(proto, path)
+    with pytest.raises(UserError, match=f"operators of {named}, but opset_import"):
+        load_graph(path)
+
+
+def test_standard_operators_may_be_imported_by_name(tmp_path: Path) -> None:
+    """`ai.onnx` is the empty domain: such a graph is opened, and passes find its version where they look for it."""
+    path = tmp_path / "model.onnx"
+    save_graph(_model(SMALL), path)
+    proto = onnx.load(path)
+    proto.opset_import[0].domain = "ai.onnx"
+    onnx.save(proto, path)
+    assert dict(load_graph(path).opset_imports) == {"": 21}
+
+
 def test_stored_weights_stay_mapped_only_while_they_are_held(tmp_path: Path) -> None:
     """A tensor that kept what was read would hold the whole model after one pass over it."""
     path = tmp_path / "model.onnx"

@@ -6,7 +6,6 @@ float32 holds every FP16 and BF16 weight, so the only rounding is that of a rota
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from calib.load import Checkpoint, read_tensor, skeleton_from_checkpoint
+from calib.model_config import CONFIG_FILE, changed_config
 from calib.rotation.hadamard import Rotation, rotation_of_size
 from calib.rotation.labels import Channels
 from calib.rotation.roles import HINT, ResidualRoles, roles_from_model
@@ -27,7 +27,6 @@ from fptq_export.tensor_writer import TensorSpec, tensor_writer
 
 __all__ = ["check_rotation", "rotated_parameter", "write_rotated"]
 
-_CONFIG_FILE = "config.json"
 _ELEMENTS = 2**24
 """Of a matrix in float64 at a time: 128 MiB."""
 
@@ -82,7 +81,7 @@ def write_rotated(
             task.advance()
     for path in copies:
         shutil.copyfile(path, directory / path.name)
-    write_text(_config_text(checkpoint), directory / _CONFIG_FILE)
+    write_text(changed_config(checkpoint.directory, tie_word_embeddings=False), directory / CONFIG_FILE)
     return {
         "readers": len(plan.roles.readers),
         "writers": sum(len(plan.shapes[name]) == 2 for name in plan.roles.writers),
@@ -164,13 +163,3 @@ def _untied(config: Any) -> Any:
     for part in (untied, untied.get_text_config()):
         part.tie_word_embeddings = False
     return untied
-
-
-def _config_text(checkpoint: Checkpoint) -> str:
-    """`config.json` with an untied head and the stored type, all else as it was."""
-    raw = json.loads((checkpoint.directory / _CONFIG_FILE).read_text(encoding="utf-8"))
-    raw.pop("torch_dtype", None)
-    for part in (raw, raw.get("text_config")):
-        if isinstance(part, dict):
-            part.update(tie_word_embeddings=False, dtype="float32")
-    return json.dumps(raw, indent=1, sort_keys=True) + "\n"

@@ -129,6 +129,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
     group.add_argument(
+        "--adapter", metavar="DIR", help="LoRA adapter, as peft saves it, merged into the weights first [none]"
+    )
+    group.add_argument(
         "--rotate",
         action=argparse.BooleanOptionalAction,
         help="rotate the residual stream by a Hadamard matrix first, exactly: fewer outlier channels [no]",

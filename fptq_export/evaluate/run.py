@@ -24,7 +24,7 @@ from fptq_export.evaluate.report import EvalReport, SystemRecord, TextResult
 from fptq_export.evaluate.systems import RUNS, Source, chosen_systems, opened_system
 from fptq_export.files import write_json_model
 from fptq_export.memory import PeakMemory
-from fptq_export.package.manifest import read_manifest
+from fptq_export.package.manifest import Manifest, read_manifest
 from fptq_export.pipeline.environment import environment
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.progress import Progress
@@ -112,7 +112,7 @@ def _source(options: EvalOptions, workdir: Path, progress: Progress) -> Source:
         cause = "is a half of an encoder-decoder, and perplexity of text is measured of language models"
         raise UserError(options.source, cause, "fptq-export verify DIR compares it with the FP32 model")
     checkpoint = checkpoint_from_model(
-        options.source if manifest is None else manifest.options.model,
+        options.source if manifest is None else _model_of_run(manifest, directory),
         workdir=workdir if manifest is None else directory,
         trust_remote_code=remote,
         progress=progress,
@@ -122,6 +122,11 @@ def _source(options: EvalOptions, workdir: Path, progress: Progress) -> Source:
         raise UserError(options.source, cause, "fptq-export verify DIR compares encoders")
     run = None if manifest is None else RunDirectory(directory)
     return Source(checkpoint, checkpoint.config.get_text_config().vocab_size, run, manifest)
+
+
+def _model_of_run(manifest: Manifest, directory: Path) -> str:
+    """The float model that a run quantized: with its adapter, where it has one."""
+    return manifest.options.model if manifest.options.adapter is None else str(RunDirectory(directory).merged)
 
 
 def _work(source: Source, options: EvalOptions, systems: tuple[System, ...], progress: Progress) -> _Work:

@@ -47,7 +47,7 @@ def _print_plan(verb: str, options: RunOptions, console: Console) -> None:
     table.add_column("about", justify="right")
     expected = estimated_sizes(sizes, options)
     for stage in VERBS[verb]:
-        if stage == "rotate" and not options.rotate:
+        if (stage == "rotate" and not options.rotate) or (stage == "merge" and options.adapter is None):
             continue
         if stage == "interchange" and options.checkpoint is None:
             continue
@@ -73,6 +73,7 @@ def estimated_sizes(sizes: ModelSizes, options: RunOptions) -> dict[str, tuple[s
     unpacked = options.checkpoint_format == "int-quantized"
     return {
         "load": ("", 0),
+        "merge": (str(directory.merged), sizes.parameters * _BYTES["fp32"]),
         "rotate": (str(directory.rotated), sizes.parameters * _BYTES["fp32"]),
         "trace": (str(directory.model), sizes.parameters * width),
         "calibrate": (str(directory.stats), 0),

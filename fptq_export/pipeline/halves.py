@@ -54,7 +54,7 @@ def runs_from_options(verb: str, options: RunOptions, progress: Progress, ranks:
 def _is_encoder_decoder(options: RunOptions, progress: Progress) -> bool:
     if options.task == SEQ2SEQ:
         return True
-    if options.task != "auto" or Path(options.model).suffix == ".gguf":
+    if options.task != "auto" or Path(options.model).suffix in (".gguf", ".onnx"):
         return False
     from calib.hub import directory_from_model
     from calib.model_config import read_config

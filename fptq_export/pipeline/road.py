@@ -1,6 +1,6 @@
 """The one-way road, and the only module that knows its order.
 
-load -> rotate -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
+load -> merge -> rotate -> trace -> calibrate -> policy -> rewrite -> verify -> interchange -> build -> package
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest, read_manifest, write_manifest
 from fptq_export.pipeline.check_options import check_options, replays
 from fptq_export.pipeline.environment import environment, library_versions
-from fptq_export.pipeline.models import RunModels, rotated_files, weight_files
+from fptq_export.pipeline.models import RunModels, merge_stage, rotate_stage, weight_files
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.onnx_road import OnnxStages
 from fptq_export.pipeline.plugin import plugin_libraries
@@ -37,16 +37,18 @@ from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, gives_hidden_states
 
 if TYPE_CHECKING:
     from calib.load import Checkpoint
+    from fptq_export.rewrite import GraphForm
     from fptq_export.verify.encoder_report import EncoderReport
     from fptq_export.verify.report import VerifyReport
 
 __all__ = ["ROAD", "VERBS", "run_road"]
 
-ROAD = ("load", "rotate", "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
+_MODEL = ("load", "merge", "rotate")
+ROAD = (*_MODEL, "trace", "calibrate", "policy", "rewrite", "verify", "interchange", "build", "package")
 VERBS: Mapping[str, tuple[str, ...]] = {
     "run": ROAD,
-    "trace": ("load", "rotate", "trace"),
-    "calibrate": ("load", "rotate", "calibrate", "policy"),
+    "trace": (*_MODEL, "trace"),
+    "calibrate": (*_MODEL, "calibrate", "policy"),
     "rewrite": ("rewrite",),
     "verify": ("verify",),
     "checkpoint": ("interchange",),
@@ -149,26 +151,25 @@ class _Road:
     def _load(self) -> None:
         verifies_text = self._options.verify and not self._options.eval_text.endswith(".npz")
         needs_text = verifies_text or not (self._replays or self._options.calib_dataset == "random")
-        parts = {**self._option_parts("dtype", "rotate"), "needs_text": needs_text}
+        parts = {**self._option_parts("dtype", "rotate", "adapter"), "needs_text": needs_text}
         inputs = self._models.source_files()
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
 
-    def _rotate(self) -> None:
-        from calib.rotation import write_rotated
+    def _merge(self) -> None:
+        adapter = self._models.adapter
+        if adapter is None:
+            self._runner.skip("merge")
+        else:
+            self._runner.run(merge_stage(self._models, adapter, self._dir, self._progress))
 
-        if not self._options.rotate:
+    def _rotate(self) -> None:
+        if self._options.rotate:
+            self._runner.run(rotate_stage(self._models, self._dir, self._progress))
+        else:
             self._runner.skip("rotate")
-            return
-        given, copies = self._models.given, self._models.companions()
-        self._stage(
-            "rotate",
-            {},
-            (*weight_files(given), *copies),
-            rotated_files(self._dir, copies),
-            lambda: write_rotated(given, self._dir.rotated, copies, self._progress),
-        )
 
     def _trace(self) -> None:
+        from fptq_export.rewrite import check_form
         from fptq_export.trace import trace
 
         checkpoint = self._checkpoint
@@ -193,6 +194,14 @@ class _Road:
         self._stage(
             "trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run
         )
+        if self._dir.model.is_file():  # an earlier run that ended well may have removed it
+            check_form(self._dir.model, self._form)
+
+    @property
+    def _form(self) -> GraphForm:
+        from fptq_export.rewrite import GraphForm
+
+        return GraphForm(self._options.logits, self._options.kv_cache, self._options.kv_dtype)
 
     def _calibrate(self) -> None:
         from fptq_export.pipeline.calibration import calibrate, measured_parts
@@ -235,14 +244,13 @@ class _Road:
         self._runner.run(policy_stage(self._options, self._dir, inputs, self._progress))
 
     def _rewrite(self) -> None:
-        from fptq_export.rewrite import GraphForm, RewritePaths, rewrite
+        from fptq_export.rewrite import RewritePaths, rewrite
 
         paths = RewritePaths(self._dir.model, self._dir.qdq, self._dir.w4a8)
 
         def run() -> Mapping[str, Any]:
             arrays = PolicyArrays(arrays_path(self._dir.policy))
-            form = GraphForm(self._options.logits, self._options.kv_cache, self._options.kv_dtype)
-            return rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress, form)
+            return rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress, self._form)
 
         inputs = (self._dir.model, data_path(self._dir.model), self._dir.sites)
         policy = (self._dir.policy, arrays_path(self._dir.policy))

@@ -21,6 +21,11 @@ class RunDirectory:
     path: Path
 
     @property
+    def merged(self) -> Path:
+        """The model with its adapter merged, a Hugging Face directory; only with `--adapter`."""
+        return self.path / "merged"
+
+    @property
     def rotated(self) -> Path:
         """The rotated model, a Hugging Face directory; only with `--rotate`."""
         return self.path / "rotated"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from fptq_export.graph_io import load_graph
 from fptq_export.rewrite.fuse_attention import FuseAttention
 from fptq_export.rewrite.fuse_rms_norm import FuseRmsNorm
 from fptq_export.rewrite.fuse_rotary import FuseRotary
@@ -15,7 +17,7 @@ from fptq_export.rewrite.last_token_logits import LastTokenLogits
 from fptq_export.rewrite.quantize_cache import QuantizeCache
 from fptq_export.rewrite.static_cache import StaticCache
 
-__all__ = ["GraphForm", "bring_into_form"]
+__all__ = ["GraphForm", "bring_into_form", "check_form"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class GraphForm:
     """A cache that grows with every call, or one of fixed length that is written at `write_indices`."""
     kv_dtype: Literal["float", "int8"] = "float"
     """Keys and values in the type of the graph, or INT8 codes with a scale for each head of a token."""
+
+
+def check_form(path: Path, form: GraphForm) -> None:
+    """Refuse a traced graph that cannot be brought into a form; takes moments, reads no weight and writes nothing.
+
+    Raises:
+        UserError: As `bring_into_form`.
+    """
+    if form != GraphForm():
+        bring_into_form(load_graph(path), form)
 
 
 def bring_into_form(model: ir.Model, form: GraphForm) -> dict[str, Any]:

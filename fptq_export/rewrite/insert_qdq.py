@@ -90,6 +90,7 @@ class InsertQdq(ir.passes.InPlacePass):
             if linear is None:
                 continue
             layer = quantized[linear.path]
+            _complete_types(node, element_type(model.graph.initializers[linear.weight]))
             self._quantize_weight(model, node, linear, layer, names)
             if layer.activation is None:
                 continue
@@ -157,6 +158,13 @@ class InsertQdq(ir.passes.InPlacePass):
             return np.ascontiguousarray(stored.T.astype(dtype.numpy()))
 
         return lazy_initializer(model, name, dtype, (groups, linear.out_features), transposed)
+
+
+def _complete_types(matmul: ir.Node, dtype: ir.DataType) -> None:
+    """Note the type of what a MatMul reads and writes, which is one; a custom operator's output may come without."""
+    for value in (matmul.inputs[0], matmul.outputs[0]):
+        if value is not None and value.dtype is None:
+            value.dtype = dtype
 
 
 def _activation_is_whole(layer: LayerPolicy) -> bool:

@@ -10,10 +10,10 @@ __all__ = ["UniqueNames"]
 
 
 class UniqueNames:
-    """Hands out node names that no node of the graph has."""
+    """Hands out node names that no node of the graph has, nor one of a branch or loop body."""
 
     def __init__(self, model: ir.Model) -> None:
-        self._taken = {node.name for node in model.graph}
+        self._taken = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph)}
 
     def name_nodes(self, nodes: Iterable[ir.Node], owner: str) -> None:
         """Name nodes `<owner>/<OpType>`, `<owner>/<OpType>_1`, ..., and their outputs after them."""

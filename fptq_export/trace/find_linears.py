@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 
 import onnx_ir as ir
 
@@ -72,13 +73,22 @@ def find_linears(
         The linears found, and for every other one the reason why it was not.
     """
     nodes: dict[str, list[ir.Node]] = {path: [] for path in modules}
-    for node in model.graph:
-        path = module_path(node)
-        if node.op_type in ("MatMul", "Gemm") and path in nodes:
-            nodes[path].append(node)
-    found: dict[str, LinearNode] = {}
     reasons: dict[str, str] = {}
+    holder: ir.Node | None = None
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.graph is model.graph:
+            holder = node  # of the branches and loop bodies that come next
+        path = module_path(node)
+        if node.op_type not in ("MatMul", "Gemm") or path not in nodes:
+            continue
+        if node is holder:
+            nodes[path].append(node)
+        elif holder is not None:
+            reasons[path] = f"the graph computes it inside {holder.op_type} node {holder.name!r}"
+    found: dict[str, LinearNode] = {}
     for path, (in_features, out_features) in modules.items():
+        if path in reasons:
+            continue
         match nodes[path]:
             case []:
                 reasons[path] = "the traced graph has no MatMul of this linear"
@@ -132,9 +142,24 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def name_linear_nodes(linears: Mapping[str, LinearNode]) -> None:
-    """Name the nodes of every linear after its torch path: `model.layers.0.mlp.up_proj/MatMul`."""
+def name_linear_nodes(model: ir.Model, linears: Mapping[str, LinearNode]) -> None:
+    """Name the nodes of every linear after its torch path: `model.layers.0.mlp.up_proj/MatMul`.
+
+    The rewrites look for them by name, so a name that another node has already is taken from it: that one, and any
+    other that shares its name, gets a number behind it.
+    """
+    named: dict[ir.Node, str] = {}
     for path, linear in linears.items():
         for node in (linear.matmul, linear.bias_add, linear.transpose):
             if node is not None:
-                node.name = f"{path}/{node.op_type}"
+                named[node] = node.name = f"{path}/{node.op_type}"
+    taken = set(named.values())
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node in named:
+            continue
+        base = node.name or node.op_type
+        for name in chain((base,), (f"{base}_{number}" for number in count(1))):
+            if name not in taken:
+                node.name = name
+                taken.add(name)
+                break

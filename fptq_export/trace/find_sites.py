@@ -37,7 +37,7 @@ def sites_from_graph(
     linears, unmatched = find_linears(model, modules)
     if not linears:
         raise UserError("model", "has no linear layer that could be quantized", "export a transformer")
-    sites = sites_from_linears(linears, roles)
+    sites = sites_from_linears(model, linears, roles)
     unmatched_linears = tuple(
         UnmatchedLinear(path=path, in_features=modules[path][0], out_features=modules[path][1], reason=reason)
         for path, reason in unmatched.items()
@@ -46,14 +46,15 @@ def sites_from_graph(
     return sites.model_copy(update={"unmatched": unmatched_linears})
 
 
-def sites_from_linears(linears: Mapping[str, LinearNode], roles: Mapping[str, LinearRole]) -> Sites:
+def sites_from_linears(model: ir.Model, linears: Mapping[str, LinearNode], roles: Mapping[str, LinearRole]) -> Sites:
     """What each linear shares its input with, and where that can be equalized.
 
     Args:
-        linears: Every linear of a graph, by path. Their nodes are renamed after the paths.
+        model: The graph.
+        linears: Every linear of it, by path. Their nodes are renamed after the paths.
         roles: What is special about some of them.
     """
-    name_linear_nodes(linears)
+    name_linear_nodes(model, linears)
     readers: dict[int, list[LinearNode]] = {}
     for linear in linears.values():
         readers.setdefault(id(linear.input), []).append(linear)

@@ -71,7 +71,7 @@ def sites_from_onnx(model: ir.Model, name: str) -> Sites:
         reasons = "; ".join(dict.fromkeys(linear.reason for linear in layers.unmatched))
         cause = f"has no MatMul, Gemm or Conv that could be quantized ({reasons or 'none with a constant weight'})"
         raise UserError(name, cause, "give a model with weights, in float")
-    sites = sites_from_linears(layers.linears, {})
+    sites = sites_from_linears(model, layers.linears, {})
     convolutions = tuple(
         found.model_copy(update={"node": f"{found.path}/{found.op_type}"}) for _, found in layers.convolutions
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "Family", "config_of"]
+__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "Family", "config_of"]
 
 _SPREAD = 0.15
 """Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits."""
@@ -47,11 +47,23 @@ class Family:
     config: str
     """Class in `transformers`."""
     settings: Mapping[str, Any]
-    """Its arguments: the quirks of the family, at tiny sizes. One layer unless a second one differs."""
+    """Its arguments: the quirks of the family, at tiny sizes. One layer unless a second one differs. Empty where there
+    is a `run`, whose model has its own."""
     sites: tuple[tuple[str, str], ...]
     """Every fold site in order of use: (kind, last names of the linears that read it)."""
     no_site: Mapping[str, str]
     """End of the path of each linear that the FPTQ rule finds no site for -> words of the reason."""
+    routers: tuple[str, ...] = ()
+    """Ends of the paths of the linears that keep the float precision."""
+    outside: tuple[str, ...] = ()
+    """Paths of the linears of the model that its graph does not compute."""
+    run: str | None = None
+    """Fixture of a finished run whose graph and engine are used, as of encoders; None to trace and build here."""
+
+    @property
+    def output(self) -> str:
+        """Output of the graph that is compared."""
+        return "logits" if self.run is None else "last_hidden_state"
 
     @property
     def key(self) -> str:
@@ -66,9 +78,22 @@ _GATED = (
     ("norm", "lm_head"),
     ("attention_value", "o_proj"),
 )
+
+
+def _experts(readers: str, down_projections: int) -> tuple[tuple[str, str], ...]:
+    """Sites where the experts, and what else reads their norm, stand in the place of one MLP."""
+    return (_GATED[0], ("norm", readers), *_GATED[2:3] * down_projections, *_GATED[3:])
+
+
 _OFFSET = tuple((kind.replace("norm", "offset_norm"), linears) for kind, linears in _GATED)
 _ATTENTION = {"o_proj": "Reshape"}
 _GELU = {"dense": "Reshape", "dense_4h_to_h": "Gelu"}
+_EXPERTS = 3
+_CHOSEN = 2
+_MIXTURE: Mapping[str, Any] = {
+    **_GROUPED, "num_experts": _EXPERTS, "num_experts_per_tok": _CHOSEN, "moe_intermediate_size": 64,
+}  # fmt: skip
+_GATE_UP = "gate_proj up_proj"
 _LLAMA_3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_theta": 10000.0,
@@ -81,7 +106,7 @@ _MULTIPLIERS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0,
 }  # fmt: skip
 
-FAMILIES = (
+DECODERS = (
     Family("LLaMA 3", "LlamaConfig", {**_GROUPED, "rope_parameters": _LLAMA_3_ROPE}, _GATED, _ATTENTION),
     Family("Mistral", "MistralConfig", {**_GROUPED, "sliding_window": _WINDOW}, _GATED, _ATTENTION),
     Family("Qwen2", "Qwen2Config", _GROUPED, _GATED, _ATTENTION),
@@ -164,7 +189,59 @@ FAMILIES = (
         (("gated_mlp", "down_proj"), ("norm", "lm_head"), ("attention_value", "o_proj")),
         {**dict.fromkeys((*_QKV.split(), "gate_proj", "up_proj"), "also read by Add"), **_ATTENTION},
     ),
+    Family(
+        "Mixtral",
+        "MixtralConfig",
+        {**_GROUPED, "num_local_experts": _EXPERTS, "num_experts_per_tok": _CHOSEN},
+        _experts(f"gate{f' {_GATE_UP}' * _EXPERTS}", _EXPERTS),
+        _ATTENTION,
+        routers=("mlp.gate",),
+    ),
+    Family(
+        "Qwen2-MoE",
+        "Qwen2MoeConfig",
+        {**_MIXTURE, "shared_expert_intermediate_size": 128},
+        _experts(f"gate{f' {_GATE_UP}' * (_EXPERTS + 1)} shared_expert_gate", _EXPERTS + 1),
+        _ATTENTION,
+        routers=("mlp.gate",),
+    ),
+    Family(
+        "Qwen3-MoE",
+        "Qwen3MoeConfig",
+        {**_MIXTURE, "head_dim": 16},
+        _experts(f"{f'{_GATE_UP} ' * _EXPERTS}gate", _EXPERTS),
+        _ATTENTION,
+        routers=("mlp.gate",),
+    ),
 )
+"""Language models, with a cache and logits."""
+
+ENCODERS = (
+    Family(
+        "BERT",
+        "BertConfig",
+        {},
+        (("attention_value", "dense"),) * 2,
+        {
+            **dict.fromkeys(("query", "key", "value", "intermediate.dense"), "also read by Add"),
+            "attention.output.dense": "Reshape",
+            "output.dense": "Gelu",
+        },
+        run="bert_run",
+    ),
+    Family(
+        "ESM-2",
+        "EsmConfig",
+        {},
+        (("norm", "query key value"), ("norm", "dense"), ("attention_value", "dense")),
+        {"attention.output.dense": "Reshape", "output.dense": "Mul"},
+        outside=("contact_head.regression",),
+        run="esm_run",
+    ),
+)
+"""Hidden states and no cache."""
+
+FAMILIES = (*DECODERS, *ENCODERS)
 
 
 def config_of(family: Family) -> PretrainedConfig:

@@ -9,15 +9,18 @@ import pytest
 from fptq_export.build.engine import BuildRequest, build_engine
 from fptq_export.build.profiles import LlmLimits, inputs_from_onnx, profile_for_inputs
 from fptq_export.build.targets import Target
+from fptq_export.files import read_json_model
+from fptq_export.package.manifest import Manifest
 from fptq_export.progress import NoProgress
+from fptq_export.sites import read_sites
 from tests.families.conftest import Quantize
-from tests.families.registry import FAMILIES, Family
+from tests.families.registry import DECODERS, ENCODERS, Family
 from tests.families.support_table import Record
 
 _LIMITS = LlmLimits(max_batch_size=2, max_input_len=16, max_kv_len=16)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+@pytest.mark.parametrize("family", DECODERS, ids=lambda family: family.key)
 def test_engine_is_built_with_every_linear_in_int4(
     family: Family, quantize: Quantize, record: Record, tmp_path: Path
 ) -> None:
@@ -41,4 +44,17 @@ def test_engine_is_built_with_every_linear_in_int4(
         report = build_engine(request, NoProgress())
         assert report.precision.quantized_linears == len(layers)
         assert request.engine_path.stat().st_size > 0
+        cell.text = "built"
+
+
+@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.key)
+def test_engine_of_the_road_holds_every_linear_in_int4(
+    family: Family, request: pytest.FixtureRequest, record: Record
+) -> None:
+    """The engine that the road built, compared with its policy there, has every linear of the graph."""
+    with record.cell(family, "engine") as cell:
+        finished: Path = request.getfixturevalue(str(family.run))
+        build = read_json_model(finished / "manifest.json", Manifest).stages["build"].summary
+        assert build["quantized_linears"] == len(read_sites(finished / "sites.json").linears)
+        assert (finished.parent / "out.plan").stat().st_size > 0
         cell.text = "built"

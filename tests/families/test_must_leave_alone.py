@@ -16,8 +16,8 @@ from calib.fake_quant import apply_policy
 from fptq_export.graph_io import load_graph
 from fptq_export.policy import Activation, arrays_path
 from fptq_export.rewrite.fold_equalization import FoldEqualization
-from tests.families.float64 import lognormal_scales
 from tests.families.test_parity import PARITY
+from tests.support.float64 import lognormal_scales
 from tests.support.models import model_once
 from tests.support.rewritten import rewritten_with
 from tests.support.traced import Traced, causal_feed, run, traced_once

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -17,7 +16,6 @@ from calib.session import TorchEncoderSession
 from fptq_export.errors import UserError
 from fptq_export.files import read_json_model
 from fptq_export.options import RunOptions
-from fptq_export.package.manifest import Manifest
 from fptq_export.pipeline.task_options import check_task_options
 from fptq_export.policy import read_policy
 from fptq_export.sites import read_sites
@@ -33,13 +31,11 @@ a fold or a mask that is wrong is as far off as quantization itself."""
 
 
 @pytest.mark.parametrize("name", ["bert_run", "esm_run"])
-def test_the_road_ends_with_an_engine_that_holds_every_linear(request: pytest.FixtureRequest, name: str) -> None:
-    """The layer list is compared with the policy, as for language models; nothing is left in float but a head."""
+def test_nothing_is_left_in_float_but_a_head(request: pytest.FixtureRequest, name: str) -> None:
+    """The head that the graph does not compute stands in the policy with its reason."""
     run: Path = request.getfixturevalue(name)
     policy = read_policy(run / "policy.json")
-    build = read_json_model(run / "manifest.json", Manifest).stages["build"].summary
-    assert (run.parent / "out.plan").stat().st_size > 0
-    assert build["quantized_linears"] == len(policy.quantized()) == 6 * (2 if name == "bert_run" else 1)
+    assert len(policy.quantized()) == 6 * (2 if name == "bert_run" else 1)
     floats = {path: layer.reason for path, layer in policy.layers.items() if layer.precision == "float"}
     assert floats.keys() == ({"contact_head.regression"} if name == "esm_run" else set())
     assert all("no MatMul" in reason for reason in floats.values())
@@ -102,13 +98,6 @@ def test_a_second_run_does_nothing_and_a_gate_is_applied(
     refused = command(tiny_bert_dir, "-o", run, "--min-cosine", "1", *SMALL)
     assert refused.code == 3
     assert "the limit is 1.0000" in refused.err
-
-
-def test_the_graph_has_no_cache(bert_run: Path) -> None:
-    """Tokens in, hidden states out."""
-    graph = onnx.load(bert_run / "model.w4a8.onnx", load_external_data=False).graph
-    assert [value.name for value in graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
-    assert [value.name for value in graph.output] == ["last_hidden_state"]
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import pytest
 
 from fptq_export.build.layer_list import layers_from_log
 from fptq_export.files import read_json_model
 from fptq_export.package.manifest import Manifest
+from fptq_export.rewrite import GraphForm, check_form, static_cache
 from fptq_export.verify.report import VerifyReport
-from tests.pipeline.conftest import Command
+from tests.pipeline.conftest import SMALL, Command
 
 FUSED_ATTENTION = "gemm_mha"
 """In the name of the layer that TensorRT for RTX runs a whole attention in."""
@@ -80,3 +82,24 @@ def test_an_engine_with_a_static_int8_cache_is_refused(run_copy: Path, command: 
     assert outcome.code == 1
     assert "--kv-dtype int8: TensorRT writes float types only into a static KV cache" in outcome.err
     assert (run_copy / "model.w4a8.onnx").read_bytes() == before
+
+
+def test_a_graph_that_cannot_have_a_static_cache_is_refused_before_calibration(
+    run_copy: Path, tiny_llama_dir: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other seed asks for another calibration, which the refusal does not wait for."""
+    monkeypatch.setattr(static_cache, "_MASK", frozenset())  # no mask is understood any more
+    stages = read_json_model(run_copy / "manifest.json", Manifest).stages
+    outcome = command(tiny_llama_dir, "-o", run_copy, *SMALL, "--kv-cache", "static", "--seed", "1")
+    assert outcome.code == 1
+    assert "--kv-cache static" in outcome.err
+    assert "use --kv-cache concat for this model" in outcome.err
+    assert [line.split(":")[0] for line in outcome.err.splitlines() if "up to date" in line] == ["load", "trace"]
+    assert read_json_model(run_copy / "manifest.json", Manifest).stages == stages
+
+
+def test_asking_for_a_static_cache_leaves_the_traced_graph_alone(run_copy: Path) -> None:
+    """The check works on a copy in memory: no file is written or touched."""
+    before = {path: path.stat().st_mtime_ns for path in run_copy.iterdir()}
+    check_form(run_copy / "model.onnx", GraphForm(logits="last", kv_cache="static"))
+    assert {path: path.stat().st_mtime_ns for path in run_copy.iterdir()} == before

@@ -36,6 +36,7 @@ PACKAGES = {
     "calib",
     "calib/auto",
     "calib/interchange",
+    "calib/lora",
     "calib/rotation",
     "calib/text",
     "calib/weights",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fptq_export.sites import FoldSite, Linear, Producer, SiteKind, Sites
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPERTS",
     "LAYERS",
-    "Float64",
     "Routed",
     "mixtral_sites",
     "routed_inputs",
@@ -67,21 +65,6 @@ def stacked_model(directory: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
-
-
-class Float64(TorchFunctionMode):
-    """Takes float64 wherever a model's code asks for float32, as norms and routers do."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Any = None) -> Any:
-        """Run the function with the wider type."""
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        named = {name: _widened(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_widened, args), **named)
-
-
-def _widened(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 @dataclass

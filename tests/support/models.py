@@ -18,6 +18,7 @@ __all__ = [
     "tiny_bert",
     "tiny_esm",
     "tiny_gemma",
+    "tiny_gpt2",
     "tiny_llama",
     "tiny_opt",
     "tiny_t5",
@@ -50,18 +51,25 @@ def model_once(make_model_dir: Callable[[PretrainedConfig], Path], config: Pretr
     return _directories[key]
 
 
-def tiny_llama() -> PretrainedConfig:
+def tiny_llama(*, intermediate_size: int = 128, tie_word_embeddings: bool = False) -> PretrainedConfig:
     """RMSNorm, gated MLP, grouped-query attention, untied head; two layers."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         **_SIZES,
         num_hidden_layers=2,
-        intermediate_size=128,
+        intermediate_size=intermediate_size,
         num_key_value_heads=2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tie_word_embeddings,
         initializer_range=_SPREAD,
     )
+
+
+def tiny_gpt2() -> PretrainedConfig:
+    """Linears that are stored [in, out] (`Conv1D`), q, k and v in one, tied head; one layer."""
+    from transformers import GPT2Config
+
+    return GPT2Config(n_embd=64, n_head=4, n_layer=1, n_positions=512, vocab_size=512, initializer_range=_SPREAD)
 
 
 def tiny_opt() -> PretrainedConfig:

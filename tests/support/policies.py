@@ -25,7 +25,7 @@ from fptq_export.policy import (
     write_policy,
 )
 from fptq_export.sites import Linear, Sites
-from tests.support.traced import Traced, causal_feed, run
+from tests.support.traced import Traced, run, token_feed
 
 __all__ = ["float_weight", "measured_absmax", "mixed_precisions", "mixed_tiers", "rtn_policy"]
 
@@ -44,7 +44,7 @@ def measured_absmax(traced: Traced, ids: NDArray[np.int64]) -> dict[str, NDArray
     proto = onnx.load(traced.model, load_external_data=False)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(inputs.values()))
     onnx.save(proto, probe)
-    values = run(probe, causal_feed(traced.model, ids), outputs=tuple(dict.fromkeys(inputs.values())))
+    values = run(probe, token_feed(traced.model, ids), outputs=tuple(dict.fromkeys(inputs.values())))
     return {
         path: np.abs(values[name].astype(np.float32)).reshape(-1, values[name].shape[-1]).max(axis=0)
         for path, name in inputs.items()
@@ -101,9 +101,10 @@ def rtn_policy(
         precisions: Torch path -> precision of linears in `tiers` that are not `w4a8`.
     """
     sites = traced.sites
-    equalized = {sites.linear(name).site for name, tier in tiers.items() if tier == "lae_static"}
+    site_of = sites.site_by_consumer()
+    equalized = {site_of[name] for name, tier in tiers.items() if tier == "lae_static"}
     scales = {
-        site.id: numerics.equalization_from_absmax(absmax[site.consumers[0]]).astype(np.float32)
+        site.id: site.tied(numerics.equalization_from_absmax(absmax[site.consumers[0]]).astype(np.float32))
         for site in sites.fold_sites
         if site.id in equalized
     }
@@ -112,6 +113,8 @@ def rtn_policy(
     layers = {}
     for linear in sites.linears:
         layer = _layer(linear, tiers.get(linear.path), absmax[linear.path], group_size)
+        if layer.activation == "lae_static":  # also at a site that the rule does not use
+            layer = layer.model_copy(update={"site": site_of[linear.path]})
         precision = (precisions or {}).get(linear.path, layer.precision)
         layers[linear.path] = layer.model_copy(update=_CHANGES.get(precision, {}))
         if linear.path not in tiers:
@@ -133,13 +136,13 @@ def rtn_policy(
 def _equalized(
     weight: NDArray[np.float32], linear: Linear, sites: Sites, scales: Mapping[str, NDArray[np.float32]]
 ) -> NDArray[np.float32]:
-    if linear.site is not None and linear.site in scales:
-        weight = weight * scales[linear.site]
     for site in sites.fold_sites:
+        if site.id in scales and linear.path in site.consumers:
+            weight = weight * scales[site.id]
         if site.id in scales and site.producer_linear == linear.path:
             rows = slice(*(site.producers[0].span or (0, len(weight))))
             weight = weight.copy()
-            weight[rows] /= scales[site.id][:, None]
+            weight[rows] /= site.producer_scale(scales[site.id])[:, None]
     return weight
 
 

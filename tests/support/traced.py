@@ -26,6 +26,7 @@ __all__ = [
     "encoder_feed",
     "run",
     "stored_tensors",
+    "token_feed",
     "torch_hidden",
     "torch_logits",
     "traced_once",
@@ -101,6 +102,14 @@ def causal_feed(
 def encoder_feed(ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None, **more: Any) -> dict[str, NDArray[Any]]:
     """Inputs of an encoder's graph: ids [batch, sequence], all of them tokens where no mask is given."""
     return {"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask, **more}
+
+
+def token_feed(graph: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Inputs of any traced graph: ids [batch, sequence], all visible, after an empty past or of one segment."""
+    names = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
+    if "position_ids" in names:
+        return causal_feed(graph, ids)
+    return encoder_feed(ids, **({"token_type_ids": np.zeros_like(ids)} if "token_type_ids" in names else {}))
 
 
 def run(

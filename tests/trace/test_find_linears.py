@@ -52,7 +52,7 @@ def test_nodes_are_named_after_the_module() -> None:
     """MatMul, Add and Transpose carry the torch path."""
     model = _model("t = Transpose<perm = [1, 0]>(T) m = MatMul(x, t) y = Add(m, b)")
     found, _ = find_linears(model, {"model.fc": (4, 2)})
-    name_linear_nodes(found)
+    name_linear_nodes(model, found)
     assert [node.name for node in model.graph] == ["model.fc/Transpose", "model.fc/MatMul", "model.fc/Add"]
 
 

@@ -16,16 +16,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from calib.load import checkpoint_from_directory, model_from_checkpoint
 from fptq_export.sites import FoldSite, Producer
 
-__all__ = ["fold", "logits_in_float64", "lognormal_scales", "model_in_float64"]
+__all__ = ["fold", "lognormal_scales", "model_in_float64", "output_in_float64"]
 
 _SIGMA = 1.5
 """Of ln s: channels differ by factors of a thousand."""
 
 
 class _Float64(TorchFunctionMode):
-    """Takes float64 wherever the model's code asks for float32, as norms, rotary embeddings and softmax do."""
+    """Takes float64 wherever the model's code asks for float32, as norms, rotary embeddings, softmax and routers do."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -41,24 +42,25 @@ def _widened(value: Any) -> Any:
 
 
 def model_in_float64(directory: Path) -> nn.Module:
-    """The model of a checkpoint; parameters that share storage are set apart, so that each can be changed alone."""
-    from transformers import AutoModelForCausalLM
+    """The model of a checkpoint, its experts as linears, of an encoder the body.
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="eager"
-    ).double()
+    Parameters that share storage are set apart, so that each can be changed alone.
+    """
+    checkpoint = checkpoint_from_directory(directory, directory.name)
+    model: nn.Module = model_from_checkpoint(checkpoint, torch.float64).double()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     return model.eval()
 
 
-def logits_in_float64(model: nn.Module, ids: NDArray[np.int64]) -> torch.Tensor:
-    """Logits [batch, sequence, vocab] without a float32 step anywhere."""
+def output_in_float64(model: nn.Module, ids: NDArray[np.int64]) -> torch.Tensor:
+    """Logits [batch, sequence, vocab], or an encoder's hidden states, without a float32 step anywhere."""
     with torch.inference_mode(), _Float64():
-        logits: torch.Tensor = model(torch.from_numpy(ids), use_cache=False).logits
-    assert logits.dtype == torch.float64
-    return logits
+        given: Any = model(input_ids=torch.from_numpy(ids))
+    output: torch.Tensor = given["logits" if "logits" in given else "last_hidden_state"]
+    assert output.dtype == torch.float64
+    return output
 
 
 def lognormal_scales(sites: Iterable[FoldSite]) -> dict[str, NDArray[np.float32]]:
