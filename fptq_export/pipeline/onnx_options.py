@@ -17,6 +17,7 @@ MEANINGLESS = {
     "logits": "a graph has the outputs it has",
     "kv_cache": "a graph has the inputs it has",
     "kv_dtype": "a graph has the inputs it has",
+    "adapter": "merge it into the model before the graph is exported",
     "rotate": "graphs are not rotated",
     "trust_remote_code": "a graph brings no code",
     "effective_bits": "is for --policy auto, which weighs predicted tokens",
