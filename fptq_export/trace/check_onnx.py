@@ -29,7 +29,22 @@ def opened_onnx(path: Path) -> ir.Model:
     """
     if not path.is_file():
         raise UserError(str(path), "no such file", "give the path of an ONNX model")
-    return load_graph(path)
+    model = load_graph(path)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                _check_data(value.const_value)
+    return model
+
+
+def _check_data(tensor: ir.ExternalTensor) -> None:
+    file = Path(tensor.path)
+    if not file.is_file():
+        raise UserError(str(file), f"no such file; it holds {tensor.name!r}", "copy it beside the .onnx file")
+    size, end = file.stat().st_size, (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+    if size < end:
+        cause = f"{size} bytes, but {tensor.name!r} ends at byte {end}: it was cut off"
+        raise UserError(str(file), cause, "copy it again")
 
 
 def check_onnx(path: Path) -> None:

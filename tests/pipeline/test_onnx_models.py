@@ -291,7 +291,7 @@ def missing_opset() -> onnx.ModelProto:
     ("name", "fragments"),
     [
         ("custom operator", ("custom operator acme::Swish", "graph.node 'odd'")),
-        ("missing opset", ("no version of the standard operators", "opset_import")),
+        ("missing opset", ("mlp.onnx: has operators of ai.onnx, but opset_import does not give",)),
         ("missing file", ("mlp.onnx: no such file",)),
         ("wrong key", ("the graph has no such input @", "is missing @", "the graph takes x: float32 [batch, 64]")),
         ("wrong shape", ("dimension 1 is 65, the graph fixes it to 64", "x.npz: x")),

@@ -45,15 +45,36 @@ def test_data_files_are_listed(tmp_path: Path) -> None:
     assert files_of_onnx(opened_onnx(path), path) == (path, tmp_path / "user.data")
 
 
-def test_missing_opset_and_custom_operator_are_reported_together(tmp_path: Path) -> None:
+def test_old_opset_and_custom_operator_are_reported_together(tmp_path: Path) -> None:
     """Each with the place in the file."""
     model = with_operator("Swish", "acme", "x")
-    del model.opset_import[0]
+    model.opset_import[0].version = 6
     with pytest.raises(UserErrors) as caught:
         check_onnx(saved(model, tmp_path))
     assert [problem.path for problem in caught.value.problems] == ["opset_import", "graph.node 'odd'"]
     assert "custom operator acme::Swish" in str(caught.value)
-    assert "no version of the standard operators" in str(caught.value)
+    assert "opset 6 is older than 7" in str(caught.value)
+
+
+def test_missing_opset_is_refused(tmp_path: Path) -> None:
+    """Nobody can say what the operators mean."""
+    model = mlp_graph()
+    del model.opset_import[:]
+    with pytest.raises(UserError, match="opset_import does not give a version"):
+        check_onnx(saved(model, tmp_path))
+
+
+@pytest.mark.parametrize(("size", "cause"), [(None, "no such file; it holds "), (100, "100 bytes, but .* was cut off")])
+def test_data_file_that_is_not_whole_is_refused(size: int | None, cause: str, tmp_path: Path) -> None:
+    """It is named, with a weight that lies in it."""
+    path, data = tmp_path / "user.onnx", tmp_path / "user.data"
+    onnx.save(mlp_graph(), str(path), save_as_external_data=True, location=data.name, size_threshold=0)
+    if size is None:
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:size])
+    with pytest.raises(UserError, match=rf"user\.data: {cause}"):
+        opened_onnx(path)
 
 
 def test_operator_that_is_a_function_of_the_model_is_no_custom_operator(tmp_path: Path) -> None:
