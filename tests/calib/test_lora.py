@@ -19,6 +19,7 @@ from calib.lora import adapter_from_directory, check_merge, write_merged
 from fptq_export.errors import UserError
 from fptq_export.progress import NoProgress
 from tests.support.adapters import lora_adapter
+from tests.support.experts import tiny_mixtral
 from tests.support.models import model_once, tiny_gpt2, tiny_llama
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def llama(make_model_dir: ModelDirFactory) -> Path:
     """Two layers in FP32, head not tied."""
     return model_once(make_model_dir, tiny_llama())
+
+
+@pytest.fixture(scope="module")
+def mixtral(make_model_dir: ModelDirFactory) -> Path:
+    """Two layers of experts, whose files have other names than the model."""
+    return model_once(make_model_dir, tiny_mixtral())
 
 
 @pytest.fixture(scope="module")
@@ -237,13 +244,14 @@ def test_model_that_came_with_codes_is_refused(llama: Path, adapter: Path) -> No
         ("llama", "layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj.weight"),
         ("tiny_bert_dir", "encoder.layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.query.weight"),
         ("tiny_bert_dir", "bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.output.dense.weight"),
+        ("mixtral", "model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.v_proj.weight"),
     ],
-    ids=["body of a decoder", "body of an encoder", "encoder with its head"],
+    ids=["body of a decoder", "body of an encoder", "encoder with its head", "beside experts"],
 )
-def test_linear_is_found_with_and_without_the_prefix_of_the_body(
+def test_linear_is_found_under_the_name_of_the_file(
     model: str, module: str, stored: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Whether the adapter was trained on the body or on the model with a head: one weight of the file changes."""
+    """With and without the prefix of the body, and beside experts in a layout of their own: one weight changes."""
     base: Path = request.getfixturevalue(model)
     before = load_file(base / "model.safetensors")
     out_features, in_features = before[stored].shape
