@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fptq_export.errors import UserError
 from fptq_export.files import read_json_model
+from fptq_export.options import RunOptions
+from fptq_export.pipeline.task_options import check_task_options
+from fptq_export.tasks import HALF_DIRECTORIES, Half
 from fptq_export.verify.report import VerifyReport
 from tests.pipeline.conftest import SMALL, Command
 from tests.support.adapters import lora_adapter
@@ -100,3 +104,11 @@ def test_adapter_that_does_not_fit_is_refused_first(
     assert after == before
     plan = command(tiny_opt_dir, "-o", run_copy, "--adapter", adapter, "--dry-run")
     assert " merge " in plan.out
+
+
+@pytest.mark.parametrize("task", HALF_DIRECTORIES)
+def test_halves_of_encoder_decoders_take_no_adapter(task: Half) -> None:
+    """Neither would hold all that the adapter changes."""
+    options = RunOptions.model_validate({"model": "m", "output": "o", "adapter": "a"})
+    with pytest.raises(UserError, match=r"--adapter: given for the .* of an encoder-decoder: it may belong to both"):
+        check_task_options(options, task)
