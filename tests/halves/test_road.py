@@ -22,7 +22,7 @@ from fptq_export.sites import read_sites
 from fptq_export.verify.encoder_report import EncoderReport
 from fptq_export.verify.report import VerifyReport
 from tests.families.test_parity import PARITY
-from tests.halves.conftest import HALVES, SHORT, TIERS
+from tests.halves.conftest import HALVES
 from tests.pipeline.conftest import Command, command
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import encoder_feed, run
@@ -75,19 +75,6 @@ def test_each_half_is_verified_in_its_own_way(t5_run: Path) -> None:
     assert decoder.logits.cosine_mean > 0.5
 
 
-def test_gates_go_to_the_half_that_they_concern(t5_run: Path, t5_dir: Path, tmp_path: Path, command: Command) -> None:
-    """The same command does nothing twice; the encoder passes its gate, and the decoder's stops the run."""
-    copy = Path(shutil.copytree(t5_run, tmp_path / "run"))
-    gates = ("--min-cosine", "0.1", "--max-ppl-increase", "0")
-    outcome = command(t5_dir, "-o", copy, *SHORT, *TIERS, *gates)
-    assert outcome.code == 3, outcome.err
-    assert outcome.err.count("up to date") == 7 + 6
-    assert "perplexity" in outcome.err
-    options = {half: read_json_model(copy / half / "manifest.json", Manifest).options for half in HALVES}
-    assert (options["encoder"].min_cosine, options["encoder"].max_ppl_increase) == (0.1, None)
-    assert (options["decoder"].min_cosine, options["decoder"].max_ppl_increase) == (None, 0.0)
-
-
 def test_one_half_alone_replays_its_policy(t5_run: Path, t5_dir: Path, tmp_path: Path, command: Command) -> None:
     """`--task` names it, and its directory goes on where the run of both left it."""
     copy = Path(shutil.copytree(t5_run / "decoder", tmp_path / "decoder"))
@@ -104,18 +91,22 @@ def test_one_half_alone_replays_its_policy(t5_run: Path, t5_dir: Path, tmp_path:
     assert "decoder.block.0.layer.0.SelfAttention.o" in per_token
 
 
-def test_patterns_go_to_the_half_that_they_match(t5_dir: Path, tmp_path: Path) -> None:
-    """One that matches nothing at all stays with both, which say so."""
+def test_options_go_to_the_half_that_they_concern(t5_dir: Path, tmp_path: Path) -> None:
+    """Gates to the half that is measured so, patterns to where they match; one that matches nothing stays with both."""
     options = RunOptions(
         model=str(t5_dir),
         output=tmp_path / "run",
         engine=tmp_path / "out.plan",
         exclude=("lm_head", "wo$", "blok"),
         precision=("encoder.*wi_0=w8a8",),
+        min_cosine=0.9,
+        max_ppl_increase=0.1,
     )
     encoder, decoder = runs_from_options("run", options, NoProgress())
     assert (encoder.exclude, encoder.precision) == (("wo$", "blok"), ("encoder.*wi_0=w8a8",))
     assert (decoder.exclude, decoder.precision) == (("lm_head", "wo$", "blok"), ())
+    assert (encoder.min_cosine, encoder.max_ppl_increase) == (0.9, None)
+    assert (decoder.min_cosine, decoder.max_ppl_increase) == (None, 0.1)
     assert (encoder.output, decoder.output) == (tmp_path / "run" / "encoder", tmp_path / "run" / "decoder")
     assert (encoder.engine, decoder.engine) == (tmp_path / "out.encoder.plan", tmp_path / "out.decoder.plan")
 
