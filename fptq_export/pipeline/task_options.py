@@ -31,6 +31,7 @@ _NOT_FOR_ENCODERS = {
     "reconstruct_blocks": "its loss would count padding; use --sequential",
 }
 _NOT_FOR_HALVES = {
+    "adapter": "adapters of causal language models and encoders are merged",
     "rotate": "only causal language models are rotated",
     "kv_cache": "its cache grows with every call",
     "kv_dtype": "its cache has the type of the graph",

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
 from fptq_export.rewrite.fold_equalization import FoldEqualization
-from tests.families.float64 import fold, logits_in_float64, lognormal_scales
 from tests.families.test_folds import EXACT, ROUNDED
 from tests.halves.conftest import GRAPHS, HALVES
+from tests.support.float64 import fold, lognormal_scales, output_in_float64
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import Traced, encoder_feed, run
 
@@ -22,7 +22,7 @@ SOURCE, IDS = (np.random.default_rng(seed).integers(2, 512, (2, 9)) for seed in 
 
 
 def _exact(model: torch.nn.Module, half: str) -> torch.Tensor:
-    return logits_in_float64(TeacherForced(model, half, SOURCE), IDS)
+    return output_in_float64(TeacherForced(model, half, SOURCE), IDS)
 
 
 def _of_graph(graph: Path, half: str, hidden: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -119,6 +119,7 @@ def test_options_go_to_the_half_that_they_concern(t5_dir: Path, tmp_path: Path) 
         (("--kv-cache", "static"), ("--kv-cache", "grows with every call")),
         (("--logits", "last"), ("--logits",)),
         (("--rotate",), ("--rotate",)),
+        (("--adapter", "lora"), ("--adapter",)),
         (("--sequential", "--weight-method", "gptq"), ("--sequential",)),
         (("--checkpoint", "ct"), ("--checkpoint",)),
         (("--max-shapes", "input_ids:1x8"), ("--max-shapes", "--task seq2seq-decoder")),

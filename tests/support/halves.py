@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from tests.support.traced import causal_feed
 
@@ -42,13 +42,12 @@ class TeacherForced(nn.Module):
         self._encodes = graph == "encoder"
         self._source = torch.from_numpy(source)
 
-    def forward(self, ids: torch.Tensor, *, use_cache: bool = False) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor) -> Seq2SeqLMOutput:
         """Hidden states of the encoder, or logits of the decoder behind the encoder's source."""
         if self._encodes:
-            return SimpleNamespace(logits=self._model.get_encoder()(input_ids=ids).last_hidden_state)
-        return SimpleNamespace(
-            logits=self._model(input_ids=self._source, decoder_input_ids=ids, use_cache=use_cache).logits
-        )
+            return Seq2SeqLMOutput(logits=self._model.get_encoder()(input_ids=input_ids).last_hidden_state)
+        output = self._model(input_ids=self._source, decoder_input_ids=input_ids, use_cache=False)
+        return Seq2SeqLMOutput(logits=output.logits)
 
 
 def decoder_feed(
