@@ -29,8 +29,8 @@ from tests.support.traced import encoder_feed, run
 
 __all__ = ["command"]
 
-LINEARS = {"encoder": 7, "decoder": 11}
-"""Of one layer q, k, v, o and three of the MLP; the decoder has q, k, v, o once more, for the source."""
+LINEARS = {"encoder": 6, "decoder": 11}
+"""Of one layer q, k, v, o and two of the MLP; the decoder has three there, and q, k, v, o once more, for the source."""
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -46,10 +46,10 @@ def test_each_half_has_an_engine_that_holds_its_linears(t5_run: Path, half: str)
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_the_graph_computes_what_the_policy_says(t5_run: Path, t5_dir: Path, half: str) -> None:
+def test_the_graph_computes_what_the_policy_says(t5_run: Path, half_dirs: dict[str, Path], half: str) -> None:
     """W4A8 in ONNX Runtime is the torch model with fake quantization, within the rounding of INT8 codes."""
     source, ids = (np.random.default_rng(seed).integers(2, 512, (2, 12)) for seed in (1, 2))
-    directory, model = t5_run / half, seq2seq_model(t5_dir)
+    directory, model = t5_run / half, seq2seq_model(half_dirs[half])
     with torch.inference_mode():
         hidden = model.encoder(input_ids=torch.from_numpy(source)).last_hidden_state.numpy()
         floating = TeacherForced(model, half, source)(torch.from_numpy(ids)).logits.numpy()
@@ -137,6 +137,19 @@ def test_what_is_not_for_encoder_decoders_is_refused_before_any_work(
     assert outcome.code == 1, outcome.err
     assert all(fragment in outcome.err for fragment in fragments), outcome.err
     assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_one_command_plans_both_halves(
+    t5_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """Without `--task`, an encoder-decoder is two runs with a directory and an engine each."""
+    monkeypatch.chdir(tmp_path)  # short paths: the table breaks long ones
+    outcome = command(t5_dir, "-o", "run", "--engine", "out.plan", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    for half in HALVES:
+        assert f"run/{half}/model.w4a8.onnx" in outcome.out
+        assert f"out.{half}.plan" in outcome.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_verb_on_the_directory_of_both_names_the_halves(t5_run: Path, tmp_path: Path, command: Command) -> None:
