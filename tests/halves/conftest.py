@@ -1,4 +1,4 @@
-"""One run of a tiny T5 1.1: both halves, from config to engines."""
+"""One run of each half of a tiny T5, from config to engines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calib.load import checkpoint_from_directory
-from fptq_export.progress import NoProgress
 from fptq_export.sites import read_sites
-from fptq_export.tasks import SEQ2SEQ_DECODER
-from fptq_export.trace import trace
 from tests.support.models import model_once, tiny_t5
 from tests.support.traced import Traced
 
@@ -26,14 +22,9 @@ if TYPE_CHECKING:
 
 HEAD_SEED, HEAD_SPREAD = 3, 0.15
 HALVES = ("encoder", "decoder")
-ORIGINAL = "decoder of the original"
-"""ReLU MLP, and a head that is scaled and tied to the embedding."""
-GRAPHS = (*HALVES, ORIGINAL)
-SHORT = (
-    *("--dtype", "fp32", "--calib-size", "4", "--calib-seq", "64", "--eval-windows", "1", "--eval-seq", "80"),
-    *("--decode-steps", "4", "--eval-sentences", "9"),
-)
+SHORT = ("--dtype", "fp32", "--calib-size", "4", "--calib-seq", "64", "--eval-seq", "80")
 """Options of a short run; windows are longer than the prompt of the decode comparison."""
+OF_HALF = {"encoder": ("--eval-sentences", "9"), "decoder": ("--eval-windows", "1", "--decode-steps", "4")}
 TIERS = ("--v0", "3", "--v1", "6")
 """Thresholds between the magnitudes of the tiny model's inputs, so that each half has all three tiers."""
 
@@ -53,30 +44,33 @@ def t5_dir(make_model_dir: ModelDirFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def t5_run(t5_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half_dirs(t5_dir: Path, make_model_dir: ModelDirFactory) -> dict[str, Path]:
+    """Half -> the model it is exported from: the encoder is that of the original T5, whose MLP has a ReLU.
+
+    Two traces, as of one model, show what is special about either.
+    """
+    return {"encoder": model_once(make_model_dir, tiny_t5(gated=False)), "decoder": t5_dir}
+
+
+@pytest.fixture(scope="session")
+def t5_run(half_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`run/` with both halves, `out.encoder.plan` and `out.decoder.plan` beside it. Not to be changed: copy it."""
     from fptq_export.cli import main
 
     directory = tmp_path_factory.mktemp("t5")
-    engine = ("--engine", str(directory / "out.plan"), "--compute-capability", "8.9")
-    words = [str(t5_dir), "-o", str(directory / "run"), *engine, "--builder-optimization-level", "0", *SHORT, *TIERS]
-    assert main(words) == 0
-    logging.disable(logging.NOTSET)
+    engine = ("--compute-capability", "8.9", "--builder-optimization-level", "0")
+    for half, model in half_dirs.items():
+        words = [str(model), "--task", f"seq2seq-{half}", "-o", str(directory / "run" / half), *engine]
+        plan = directory / f"out.{half}.plan"
+        assert main([*words, "--engine", str(plan), *SHORT, *OF_HALF[half], *TIERS]) == 0
+        logging.disable(logging.NOTSET)
     return directory / "run"
 
 
 @pytest.fixture(scope="session")
-def t5_graphs(t5_run: Path, t5_dir: Path, make_model_dir: ModelDirFactory) -> dict[str, Traced]:
-    """Name -> traced graph in FP32: both halves of T5 1.1, and the decoder of the original T5."""
-    original = model_once(make_model_dir, tiny_t5(gated=False))
-    model, sites = (original.with_name(f"{original.name}-decoder") / name for name in ("model.onnx", "sites.json"))
-    checkpoint = checkpoint_from_directory(original, "t5", task=SEQ2SEQ_DECODER)
-    stored = {name: entry.stored for name, entry in checkpoint.tensors.items()}
-    trace(checkpoint.config, stored, "fp32", model, sites, NoProgress(), task=SEQ2SEQ_DECODER)
+def t5_graphs(t5_run: Path, half_dirs: dict[str, Path]) -> dict[str, Traced]:
+    """Half -> its traced graph in FP32."""
     return {
-        **{
-            half: Traced(t5_run / half / "model.onnx", read_sites(t5_run / half / "sites.json"), t5_dir, "fp32")
-            for half in HALVES
-        },
-        ORIGINAL: Traced(model, read_sites(sites), original, "fp32"),
+        half: Traced(t5_run / half / "model.onnx", read_sites(t5_run / half / "sites.json"), model, "fp32")
+        for half, model in half_dirs.items()
     }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
 from fptq_export.rewrite.fold_equalization import FoldEqualization
 from tests.families.test_folds import EXACT, ROUNDED
-from tests.halves.conftest import GRAPHS, HALVES
+from tests.halves.conftest import HALVES
 from tests.support.float64 import fold, lognormal_scales, output_in_float64
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import Traced, encoder_feed, run
@@ -34,7 +34,7 @@ def _of_graph(graph: Path, half: str, hidden: NDArray[np.float32]) -> NDArray[np
     return result
 
 
-@pytest.mark.parametrize("half", GRAPHS)
+@pytest.mark.parametrize("half", HALVES)
 def test_folds_are_exact(t5_graphs: Graphs, half: str, tmp_path: Path) -> None:
     """Every site at once, s from 0.01 to 100: torch in float64, and the FP32 graph in ONNX Runtime."""
     traced = t5_graphs[half]
@@ -56,7 +56,7 @@ def test_folds_are_exact(t5_graphs: Graphs, half: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(_of_graph(path, half, hidden), exact.numpy(), rtol=0.0, atol=ROUNDED * largest)
 
 
-@pytest.mark.parametrize("half", GRAPHS)
+@pytest.mark.parametrize("half", HALVES)
 def test_a_consumer_left_out_is_seen(t5_graphs: Graphs, half: str) -> None:
     """The comparison can fail for each site: without one of its linears the outputs are far away."""
     traced = t5_graphs[half]

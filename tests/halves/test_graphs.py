@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fptq_export.graph_io import load_graph
-from tests.halves.conftest import GRAPHS, ORIGINAL
+from tests.halves.conftest import HALVES
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import FP32_LOGITS, Traced, encoder_feed, run
 
@@ -49,7 +49,7 @@ def test_the_decoder_has_the_promised_inputs_and_outputs(t5_graphs: Graphs) -> N
 
 
 @pytest.mark.parametrize(("batch", "sequence", "source"), [(1, 1, 9), (3, 6, 1)])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", HALVES)
 def test_graphs_compute_what_torch_computes(
     t5_graphs: Graphs, name: str, batch: int, sequence: int, source: int
 ) -> None:
@@ -87,27 +87,14 @@ def test_padding_of_the_source_changes_nothing(t5_graphs: Graphs) -> None:
 
 
 def test_sites_are_found_without_a_table(t5_graphs: Graphs) -> None:
-    """Norms, the gated MLP and the values of either attention; of the decoder only what reads the source has none."""
+    """Norms, either MLP and the values of either attention; of the decoder only what reads the source has none."""
     encoder, decoder = (t5_graphs[half].sites for half in ("encoder", "decoder"))
+    assert [site.kind for site in encoder.fold_sites] == ["norm", "norm", "attention_value", "relu_mlp"]
     mlp = ["norm", "gated_mlp"]
-    assert [site.kind for site in encoder.fold_sites] == ["norm", *mlp, "attention_value"]
     assert [site.kind for site in decoder.fold_sites] == ["norm", "norm", *mlp, "norm", *["attention_value"] * 2]
-    assert len(encoder.site_by_consumer()) == len(encoder.linears) == 7
+    assert len(encoder.site_by_consumer()) == len(encoder.linears) == 6
     assert len(decoder.site_by_consumer()) == len(decoder.linears) - 2 == 10
     assert encoder.unmatched == decoder.unmatched == ()
-
-
-def test_the_original_has_its_relu_and_one_embedding(t5_graphs: Graphs) -> None:
-    """Rows before the ReLU are a site; head and embedding are one initializer, and the head's norm is a site still."""
-    sites = t5_graphs[ORIGINAL].sites
-    (relu,) = (site for site in sites.fold_sites if site.kind == "relu_mlp")
-    mlp = "decoder.block.0.layer.2.DenseReluDense"
-    assert (relu.producer_linear, relu.consumers) == (f"{mlp}.wi", (f"{mlp}.wo",))
-    assert "Relu" in (sites.linear(f"{mlp}.wo").no_site_reason or "")
-    head = sites.linear("lm_head")
-    assert (head.weight, head.weight_transposed) == ("decoder.embed_tokens.weight", True)
-    initializers = load_graph(t5_graphs[ORIGINAL].model).graph.initializers
-    assert sum(value.shape is not None and value.shape.numpy() == (512, 64) for value in initializers.values()) == 1
 
 
 def test_what_crosses_the_graphs_is_left_alone(t5_graphs: Graphs) -> None:

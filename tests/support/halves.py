@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from tests.support.traced import causal_feed
 
@@ -42,13 +42,12 @@ class TeacherForced(nn.Module):
         self._encodes = graph == "encoder"
         self._source = torch.from_numpy(source)
 
-    def forward(self, input_ids: torch.Tensor, *, use_cache: bool = False) -> CausalLMOutput:
+    def forward(self, input_ids: torch.Tensor) -> Seq2SeqLMOutput:
         """Hidden states of the encoder, or logits of the decoder behind the encoder's source."""
         if self._encodes:
-            return CausalLMOutput(logits=self._model.get_encoder()(input_ids=input_ids).last_hidden_state)
-        return CausalLMOutput(
-            logits=self._model(input_ids=self._source, decoder_input_ids=input_ids, use_cache=use_cache).logits
-        )
+            return Seq2SeqLMOutput(logits=self._model.get_encoder()(input_ids=input_ids).last_hidden_state)
+        output = self._model(input_ids=self._source, decoder_input_ids=input_ids, use_cache=False)
+        return Seq2SeqLMOutput(logits=output.logits)
 
 
 def decoder_feed(
