@@ -24,6 +24,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+    from tests.families.support_table import Record
     from tests.support.traced import Traced
 
     ModelDirFactory = Callable[[PretrainedConfig], Path]
@@ -66,6 +67,14 @@ def trace_once() -> Iterator[None]:
             name = f"traced_{task}from_config"
             patch.setattr(module, name, remembered(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope="session")
+def record() -> Record:
+    """The support table's cells that the tests of this session showed."""
+    from tests.families.support_table import Record
+
+    return Record()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from torch import nn
 from fptq_export.policy import Activation
 from fptq_export.sites import Sites
 from tests.families.registry import Family, config_of
-from tests.families.support_table import Record
 from tests.support.float64 import model_in_float64
 from tests.support.models import model_once
 from tests.support.rewritten import Rewritten, rewritten_with
@@ -81,10 +80,9 @@ def quantize(trace: Trace, ids: NDArray[np.int64], tmp_path_factory: pytest.Temp
     return once
 
 
-@pytest.fixture(scope="session")
-def record() -> Record:
-    """What the tests of this session showed."""
-    return Record()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Compare the support table when all its cells have run."""
+    items.sort(key=lambda item: item.name == "test_table_in_the_readme_is_what_was_shown")
 
 
 def tiers_of_all(sites: Sites) -> dict[str, Activation]:

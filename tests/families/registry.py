@@ -1,6 +1,7 @@
 """The model families of the support table: one entry a family, a tiny model each.
 
-A new entry is all that a new family needs: every test of this folder runs over `FAMILIES`.
+A new entry is all that a new family needs: every test of this folder runs over `FAMILIES`. The cells of `HALVES` are
+tests of `tests/halves`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "Family", "config_of"]
+__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "HALVES", "ROWS", "Family", "config_of"]
 
 _SPREAD = 0.15
 """Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits."""
@@ -242,6 +243,40 @@ ENCODERS = (
 """Hidden states and no cache."""
 
 FAMILIES = (*DECODERS, *ENCODERS)
+
+HALVES = (
+    Family(
+        "T5, encoder",
+        "T5Config",
+        {},
+        (("norm", "q k v"), ("norm", "wi"), ("attention_value", "o"), ("relu_mlp", "wo")),
+        {"SelfAttention.o": "Reshape", "wo": "Relu"},
+        run="t5_run",
+    ),
+    Family(
+        "T5 1.1, decoder",
+        "T5Config",
+        {},
+        (
+            ("norm", "q k v"),
+            ("norm", "q"),
+            ("norm", "wi_0 wi_1"),
+            ("gated_mlp", "wo"),
+            ("norm", "lm_head"),
+            ("attention_value", "o"),
+            ("attention_value", "o"),
+        ),
+        {
+            "Attention.o": "Reshape",
+            **dict.fromkeys(("EncDecAttention.k", "EncDecAttention.v"), "graph input 'encoder_hidden_states'"),
+        },
+        run="t5_run",
+    ),
+)
+"""Of encoder-decoders, one graph each."""
+
+ROWS = (*FAMILIES, *HALVES)
+"""In the order of the support table."""
 
 
 def config_of(family: Family) -> PretrainedConfig:

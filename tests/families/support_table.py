@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tests.families.registry import FAMILIES, Family
+from tests.families.registry import ROWS, Family
 
 __all__ = ["BEGIN", "COLUMNS", "END", "Cell", "Record", "row_of", "rows_in", "table_from_rows"]
 
@@ -54,7 +54,7 @@ class Record:
 
     def rows(self) -> dict[str, str]:
         """Rows of the families whose cells all ran, in the order of the table."""
-        return {family.name: row for family in FAMILIES if (row := self.row(family)) is not None}
+        return {family.name: row for family in ROWS if (row := self.row(family)) is not None}
 
 
 def row_of(name: str, cells: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families.registry import FAMILIES
+from tests.families.registry import ROWS
 from tests.families.support_table import BEGIN, COLUMNS, END, Record, row_of, rows_in, table_from_rows
 
 README = Path(__file__).parents[2] / "README.md"
@@ -21,14 +21,14 @@ def test_table_in_the_readme_is_what_was_shown(record: Record, pytestconfig: pyt
     text = README.read_text(encoding="utf-8")
     if os.environ.get(UPDATE) == "1":
         rows = {**rows_in(text), **shown}
-        ordered = {family.name: rows[family.name] for family in FAMILIES if family.name in rows}
+        ordered = {family.name: rows[family.name] for family in ROWS if family.name in rows}
         text = f"{text.partition(BEGIN)[0]}{BEGIN}\n{table_from_rows(ordered)}\n{text[text.index(END) :]}"
         README.write_text(text, encoding="utf-8")
     if not shown:
         pytest.skip("no family ran all its cells in this session: select whole families, e.g. -k llama-3")
     rows = rows_in(text)
     assert {name: rows.get(name) for name in shown} == shown, f"run {UPDATE}=1 pytest tests/families"
-    if len(shown) == len(FAMILIES):
+    if len(shown) == len(ROWS):
         assert table_from_rows(rows) == table_from_rows(shown)
         return
     reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
@@ -38,7 +38,7 @@ def test_table_in_the_readme_is_what_was_shown(record: Record, pytestconfig: pyt
 
 def test_failed_cell_is_recorded_as_failed() -> None:
     """A test that ends with an error leaves no success behind, and one that did not run leaves no row."""
-    record, family = Record(), FAMILIES[0]
+    record, family = Record(), ROWS[0]
 
     def failing_test() -> None:
         with record.cell(family, "folds") as cell:
@@ -61,4 +61,4 @@ def test_rows_come_back_from_a_document() -> None:
 
 def test_every_family_has_a_name_of_its_own() -> None:
     """Rows and test ids are told apart by name."""
-    assert len({family.key for family in FAMILIES}) == len({family.name for family in FAMILIES}) == len(FAMILIES)
+    assert len({family.key for family in ROWS}) == len({family.name for family in ROWS}) == len(ROWS)

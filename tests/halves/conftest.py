@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fptq_export.sites import read_sites
+from tests.families.registry import HALVES as FAMILIES_OF_HALVES
 from tests.support.models import model_once, tiny_t5
 from tests.support.traced import Traced
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 HEAD_SEED, HEAD_SPREAD = 3, 0.15
 HALVES = ("encoder", "decoder")
+FAMILY_OF_HALF = dict(zip(HALVES, FAMILIES_OF_HALVES, strict=True))
+"""Half -> its row of the support table."""
 SHORT = ("--dtype", "fp32", "--calib-size", "4", "--calib-seq", "64", "--eval-seq", "80")
 """Options of a short run; windows are longer than the prompt of the decode comparison."""
 OF_HALF = {"encoder": ("--eval-sentences", "9"), "decoder": ("--eval-windows", "1", "--decode-steps", "4")}

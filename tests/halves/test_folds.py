@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
 from fptq_export.rewrite.fold_equalization import FoldEqualization
+from tests.families.support_table import Record
 from tests.families.test_folds import EXACT, ROUNDED
-from tests.halves.conftest import HALVES
+from tests.halves.conftest import FAMILY_OF_HALF, HALVES
 from tests.support.float64 import fold, lognormal_scales, output_in_float64
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import Traced, encoder_feed, run
@@ -35,25 +36,29 @@ def _of_graph(graph: Path, half: str, hidden: NDArray[np.float32]) -> NDArray[np
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_folds_are_exact(t5_graphs: Graphs, half: str, tmp_path: Path) -> None:
+def test_folds_are_exact(t5_graphs: Graphs, half: str, record: Record, tmp_path: Path) -> None:
     """Every site at once, s from 0.01 to 100: torch in float64, and the FP32 graph in ONNX Runtime."""
-    traced = t5_graphs[half]
-    scales = lognormal_scales(traced.sites.fold_sites)
-    model = seq2seq_model(traced.checkpoint, torch.float64)
-    exact, largest = _exact(model, half), float(_exact(model, half).abs().max())
-    with torch.inference_mode():
-        hidden = seq2seq_model(traced.checkpoint).encoder(input_ids=torch.from_numpy(SOURCE)).last_hidden_state.numpy()
-    for site in traced.sites.fold_sites:
-        fold(model, site, scales[site.id])
-    assert 0.0 < float((_exact(model, half) - exact).abs().max()) <= EXACT * largest
+    with record.cell(FAMILY_OF_HALF[half], "folds") as cell:
+        traced = t5_graphs[half]
+        scales = lognormal_scales(traced.sites.fold_sites)
+        model = seq2seq_model(traced.checkpoint, torch.float64)
+        exact, largest = _exact(model, half), float(_exact(model, half).abs().max())
+        with torch.inference_mode():
+            hidden = (
+                seq2seq_model(traced.checkpoint).encoder(input_ids=torch.from_numpy(SOURCE)).last_hidden_state.numpy()
+            )
+        for site in traced.sites.fold_sites:
+            fold(model, site, scales[site.id])
+        assert 0.0 < float((_exact(model, half) - exact).abs().max()) <= EXACT * largest
 
-    graph = load_graph(traced.model)
-    FoldEqualization(traced.sites, scales)(graph)
-    folded = tmp_path / "folded.onnx"
-    write_weights(graph, data_path(folded))
-    save_graph(graph, folded)
-    for path in (traced.model, folded):
-        np.testing.assert_allclose(_of_graph(path, half, hidden), exact.numpy(), rtol=0.0, atol=ROUNDED * largest)
+        graph = load_graph(traced.model)
+        FoldEqualization(traced.sites, scales)(graph)
+        folded = tmp_path / "folded.onnx"
+        write_weights(graph, data_path(folded))
+        save_graph(graph, folded)
+        for path in (traced.model, folded):
+            np.testing.assert_allclose(_of_graph(path, half, hidden), exact.numpy(), rtol=0.0, atol=ROUNDED * largest)
+        cell.text = "exact"
 
 
 @pytest.mark.parametrize("half", HALVES)

@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from fptq_export.graph_io import load_graph
-from tests.halves.conftest import HALVES
+from tests.families.registry import Family
+from tests.families.support_table import Record
+from tests.halves.conftest import FAMILY_OF_HALF, HALVES
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import FP32_LOGITS, Traced, encoder_feed, run
 
@@ -64,13 +66,24 @@ def test_graphs_compute_what_torch_computes(
     _assert_equal(run(traced.model, feed)["last_hidden_state" if name == "encoder" else "logits"], expected)
 
 
-def test_a_call_behind_a_cache_is_the_end_of_the_whole(t5_graphs: Graphs) -> None:
+def test_a_call_behind_a_cache_is_the_end_of_the_whole(t5_graphs: Graphs, record: Record) -> None:
     """Relative positions go on counting behind the cache."""
-    graph, ids, hidden = t5_graphs["decoder"].model, _ids(2, 7), _hidden(t5_graphs, _ids(2, 5, 1))
-    whole = run(graph, decoder_feed(graph, ids, hidden))["logits"]
-    before = run(graph, decoder_feed(graph, ids[:, :4], hidden))
-    past = {name.replace("present", "past_key_values"): array for name, array in before.items() if name != "logits"}
-    _assert_equal(run(graph, decoder_feed(graph, ids[:, 4:], hidden, past=past))["logits"], whole[:, 4:])
+    with record.cell(FAMILY_OF_HALF["decoder"], "kv") as cell:
+        graph, ids, hidden = t5_graphs["decoder"].model, _ids(2, 7), _hidden(t5_graphs, _ids(2, 5, 1))
+        whole = run(graph, decoder_feed(graph, ids, hidden))["logits"]
+        before = run(graph, decoder_feed(graph, ids[:, :4], hidden))
+        past = {name.replace("present", "past_key_values"): array for name, array in before.items() if name != "logits"}
+        _assert_equal(run(graph, decoder_feed(graph, ids[:, 4:], hidden, past=past))["logits"], whole[:, 4:])
+        cell.text = "concat"
+
+
+def test_the_encoder_has_no_cache(t5_graphs: Graphs, record: Record) -> None:
+    """Tokens and their mask in, hidden states out."""
+    with record.cell(FAMILY_OF_HALF["encoder"], "kv") as cell:
+        graph = load_graph(t5_graphs["encoder"].model).graph
+        assert [value.name for value in graph.inputs] == ["input_ids", "attention_mask"]
+        assert [value.name for value in graph.outputs] == ["last_hidden_state"]
+        cell.text = "none"
 
 
 def test_padding_of_the_source_changes_nothing(t5_graphs: Graphs) -> None:
@@ -86,15 +99,19 @@ def test_padding_of_the_source_changes_nothing(t5_graphs: Graphs) -> None:
     _assert_equal(padded[1:], run(graph, decoder_feed(graph, ids[1:], alone))["logits"])
 
 
-def test_sites_are_found_without_a_table(t5_graphs: Graphs) -> None:
+@pytest.mark.parametrize("half", HALVES)
+def test_sites_are_found_without_a_table(t5_graphs: Graphs, half: str, record: Record) -> None:
     """Norms, either MLP and the values of either attention; of the decoder only what reads the source has none."""
-    encoder, decoder = (t5_graphs[half].sites for half in ("encoder", "decoder"))
-    assert [site.kind for site in encoder.fold_sites] == ["norm", "norm", "attention_value", "relu_mlp"]
-    mlp = ["norm", "gated_mlp"]
-    assert [site.kind for site in decoder.fold_sites] == ["norm", "norm", *mlp, "norm", *["attention_value"] * 2]
-    assert len(encoder.site_by_consumer()) == len(encoder.linears) == 6
-    assert len(decoder.site_by_consumer()) == len(decoder.linears) - 2 == 10
-    assert encoder.unmatched == decoder.unmatched == ()
+    family: Family = FAMILY_OF_HALF[half]
+    with record.cell(family, "sites") as cell:
+        sites = t5_graphs[half].sites
+        found = [(site.kind, " ".join(path.rpartition(".")[2] for path in site.consumers)) for site in sites.fold_sites]
+        assert found == list(family.sites)
+        reasons = {linear.path: linear.no_site_reason or "" for linear in sites.linears if linear.site is None}
+        for path, reason in reasons.items():
+            assert [words for end, words in family.no_site.items() if path.endswith(end) and words in reason], reason
+        assert sites.unmatched == ()
+        cell.text = f"{len(sites.site_by_consumer())} of {len(sites.linears)}"
 
 
 def test_what_crosses_the_graphs_is_left_alone(t5_graphs: Graphs) -> None:

@@ -21,8 +21,9 @@ from fptq_export.progress import NoProgress
 from fptq_export.sites import read_sites
 from fptq_export.verify.encoder_report import EncoderReport
 from fptq_export.verify.report import VerifyReport
-from tests.families.test_parity import PARITY
-from tests.halves.conftest import HALVES
+from tests.families.support_table import Record
+from tests.families.test_parity import PARITY, TIERS
+from tests.halves.conftest import FAMILY_OF_HALF, HALVES
 from tests.pipeline.conftest import Command, command
 from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
 from tests.support.traced import encoder_feed, run
@@ -34,35 +35,51 @@ LINEARS = {"encoder": 6, "decoder": 11}
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_each_half_has_an_engine_that_holds_its_linears(t5_run: Path, half: str) -> None:
-    """The layer list is compared with the half's policy; nothing but the head stays float."""
-    policy = read_policy(t5_run / half / "policy.json")
-    summary = read_json_model(t5_run / half / "manifest.json", Manifest).stages["build"].summary
-    assert (t5_run.parent / f"out.{half}.plan").stat().st_size > 0
-    assert summary["quantized_linears"] == len(policy.quantized()) == LINEARS[half]
-    assert policy.layers.keys() - policy.quantized().keys() == ({"lm_head"} if half == "decoder" else set())
-    assert {layer.activation for layer in policy.quantized().values()} == {"static", "lae_static", "per_token"}
-    assert all(path.startswith(f"{half}.") or path == "lm_head" for path in policy.layers)
+def test_each_half_has_an_engine_that_holds_its_linears(t5_run: Path, half: str, record: Record) -> None:
+    """The layer list is compared with the half's policy."""
+    with record.cell(FAMILY_OF_HALF[half], "engine") as cell:
+        summary = read_json_model(t5_run / half / "manifest.json", Manifest).stages["build"].summary
+        assert (t5_run.parent / f"out.{half}.plan").stat().st_size > 0
+        assert summary["quantized_linears"] == LINEARS[half]
+        cell.text = "built"
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_the_graph_computes_what_the_policy_says(t5_run: Path, half_dirs: dict[str, Path], half: str) -> None:
+def test_every_tier_is_in_the_policy_of_a_half(t5_run: Path, half: str, record: Record) -> None:
+    """Nothing but the head stays float; static, equalized and per-token inputs each stand in the policy."""
+    with record.cell(FAMILY_OF_HALF[half], "policies") as cell:
+        policy = read_policy(t5_run / half / "policy.json")
+        assert len(policy.quantized()) == LINEARS[half]
+        assert policy.layers.keys() - policy.quantized().keys() == ({"lm_head"} if half == "decoder" else set())
+        assert {layer.activation for layer in policy.quantized().values()} == set(TIERS)
+        assert all(path.startswith(f"{half}.") or path == "lm_head" for path in policy.layers)
+        cell.text = ", ".join(TIERS.values())
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_the_graph_computes_what_the_policy_says(
+    t5_run: Path, half_dirs: dict[str, Path], half: str, record: Record
+) -> None:
     """W4A8 in ONNX Runtime is the torch model with fake quantization, within the rounding of INT8 codes."""
-    source, ids = (np.random.default_rng(seed).integers(2, 512, (2, 12)) for seed in (1, 2))
-    directory, model = t5_run / half, seq2seq_model(half_dirs[half])
-    with torch.inference_mode():
-        hidden = model.encoder(input_ids=torch.from_numpy(source)).last_hidden_state.numpy()
-        floating = TeacherForced(model, half, source)(torch.from_numpy(ids)).logits.numpy()
-        arrays, sites = load_file(directory / "policy.safetensors"), read_sites(directory / "sites.json")
-        with applied_policy(model, read_policy(directory / "policy.json"), arrays, sites):
-            expected = TeacherForced(model, half, source)(torch.from_numpy(ids)).logits.numpy()
-    graph = directory / "model.w4a8.onnx"
-    feed, output = (
-        (encoder_feed(ids), "last_hidden_state") if half == "encoder" else (decoder_feed(graph, ids, hidden), "logits")
-    )
-    allowed = PARITY * np.abs(expected).max()
-    np.testing.assert_allclose(run(graph, feed)[output], expected, rtol=0.0, atol=allowed)
-    assert np.abs(floating - expected).max() > 3 * allowed, "quantization would not be seen"
+    with record.cell(FAMILY_OF_HALF[half], "parity") as cell:
+        source, ids = (np.random.default_rng(seed).integers(2, 512, (2, 12)) for seed in (1, 2))
+        directory, model = t5_run / half, seq2seq_model(half_dirs[half])
+        with torch.inference_mode():
+            hidden = model.encoder(input_ids=torch.from_numpy(source)).last_hidden_state.numpy()
+            floating = TeacherForced(model, half, source)(torch.from_numpy(ids)).logits.numpy()
+            arrays, sites = load_file(directory / "policy.safetensors"), read_sites(directory / "sites.json")
+            with applied_policy(model, read_policy(directory / "policy.json"), arrays, sites):
+                expected = TeacherForced(model, half, source)(torch.from_numpy(ids)).logits.numpy()
+        graph = directory / "model.w4a8.onnx"
+        feed, output = (
+            (encoder_feed(ids), "last_hidden_state")
+            if half == "encoder"
+            else (decoder_feed(graph, ids, hidden), "logits")
+        )
+        allowed = PARITY * np.abs(expected).max()
+        np.testing.assert_allclose(run(graph, feed)[output], expected, rtol=0.0, atol=allowed)
+        assert np.abs(floating - expected).max() > 3 * allowed, "quantization would not be seen"
+        cell.text = "equal"
 
 
 def test_each_half_is_verified_in_its_own_way(t5_run: Path) -> None:
