@@ -109,7 +109,7 @@ def smollm2_dir(smollm2_gguf: Path, pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_run(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`run/` of SmolLM2 from its GGUF file, `out.plan` beside it: default options, less verification text.
+    """`run/` of SmolLM2 from its GGUF file, `out.plan` beside it: default options, less text.
 
     Takes minutes: for tests marked `slow`. Not to be changed: copy it.
     """
@@ -117,7 +117,7 @@ def smollm2_run(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     directory = tmp_path_factory.mktemp("smollm2")
     words = [str(smollm2_gguf), "-o", str(directory / "run"), "--engine", str(directory / "out.plan")]
-    assert main([*words, "--eval-windows", "2"]) == 0
+    assert main([*words, "--calib-size", "16", "--eval-windows", "2"]) == 0
     logging.disable(logging.NOTSET)
     return directory / "run"
 

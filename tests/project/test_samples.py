@@ -21,7 +21,7 @@ SECONDS_PER_SAMPLE = 900
 TRACED_BEFORE = ("03_weight_methods",)
 """Samples that find the traced model in their work folder, as in a second run. 02_ablation traces it."""
 QUANTIZED_BEFORE = ("01_quickstart", "04_evaluate")
-"""Samples that find a finished run in `run/`, as in a second run. 01_quickstart then calibrates anew, on less text."""
+"""Samples that find a finished run in `run/`, as in a second run; that of 01_quickstart has its options."""
 ENCODED_BEFORE = ("05_sentence_embeddings",)
 """Samples that find a finished run of the sentence encoder in `run/`."""
 
