@@ -27,7 +27,7 @@ def test_table_in_the_readme_is_what_was_shown(record: Record, pytestconfig: pyt
     if not shown:
         pytest.skip("no family ran all its cells in this session: select whole families, e.g. -k llama-3")
     rows = rows_in(text)
-    assert {name: rows.get(name) for name in shown} == shown, f"run {UPDATE}=1 pytest tests/families"
+    assert {name: rows.get(name) for name in shown} == shown, f"run {UPDATE}=1 pytest tests/families tests/halves"
     if len(shown) == len(ROWS):
         assert table_from_rows(rows) == table_from_rows(shown)
         return
