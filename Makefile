@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 PLUGIN_ARGS ?=
-FIRST_TESTS := $(addprefix tests/,bench build calib evaluate experts families gpu halves pipeline/test_encoders.py plugins/cpu plugins/emulation plugins/gates plugins/lifecycle plugins/ptx rewrite trace verify)
+FIRST_TESTS := $(addprefix tests/,bench build calib evaluate experts families gpu halves $(addprefix pipeline/test_,adapter.py encoders.py experts.py ranks.py) plugins/cpu plugins/emulation plugins/gates plugins/lifecycle plugins/ptx rewrite trace verify)
 DEMO_DIR := demo/smollm2
 DEMO_ENGINE := demo/smollm2.plan
 
