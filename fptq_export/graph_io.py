@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fptq_export.errors import FptqError, UserError
 from fptq_export.files import atomic_path
 
-__all__ = ["DATA_SUFFIX", "data_path", "lazy_tensor", "load_graph", "save_graph", "write_weights"]
+__all__ = ["DATA_SUFFIX", "check_data_file", "data_path", "lazy_tensor", "load_graph", "save_graph", "write_weights"]
 
 DATA_SUFFIX = ".data"
 _STANDARD = "ai.onnx"
@@ -45,13 +45,23 @@ class _StoredTensor(ir.ExternalTensor):
         return ir.ExternalTensor(*place, shape=self.shape, name=self.name, base_dir=self.base_dir)
 
     def numpy(self) -> NDArray[np.generic]:
-        """The values, mapped from the file for as long as somebody holds them."""
+        """The values, mapped from the file for as long as somebody holds them.
+
+        This and the two below raise UserError as `check_data_file` does.
+        """
+        check_data_file(self)
         array: NDArray[np.generic] = self._anew().numpy()
         return array
 
     def tobytes(self) -> bytes:
         """The bytes, read anew."""
+        check_data_file(self)
         return self._anew().tobytes()
+
+    def tofile(self, file: Any) -> None:
+        """Copy the bytes into another file."""
+        check_data_file(self)
+        super().tofile(file)
 
     def __array__(self, dtype: Any = None) -> NDArray[np.generic]:
         return np.asarray(self.numpy(), dtype)
@@ -65,12 +75,11 @@ def data_path(onnx_path: Path) -> Path:
 def load_graph(path: Path) -> ir.Model:
     """Open a graph; its external weights stay on disk until read.
 
-    A data file that is not there is no error yet: a lowered graph may leave its weights beside another one.
+    What is wrong with a data file is no error yet: a lowered graph may leave its weights beside another one, and who
+    looks at the graph alone needs none.
 
     Raises:
-        UserError: The graph cannot be read, it does not say which version of an operator set it uses, or a data file is
-            not its own: outside its directory, or with a second name (hard link), which onnx_ir refuses only once the
-            weights are needed.
+        UserError: The graph cannot be read, or does not say which version of an operator set it uses.
     """
     if not path.is_file():
         raise UserError(str(path), "no such file", "run the stage that writes it first")
@@ -86,7 +95,6 @@ def load_graph(path: Path) -> ir.Model:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            _check_data_file(tensor)
             value.const_value = _StoredTensor.like(tensor, str(tensor.location), str(tensor.base_dir), tensor.name)
     return model
 
@@ -102,7 +110,12 @@ def _check_opsets(model: ir.Model, path: Path) -> None:
         raise UserError(str(path), cause, "export the model again")
 
 
-def _check_data_file(tensor: ir.ExternalTensor) -> None:
+def check_data_file(tensor: ir.ExternalTensor) -> None:
+    """Refuse a data file that is not the graph's own, which onnx_ir refuses too, but as if it were a bug.
+
+    Raises:
+        UserError: It lies outside the graph's directory, or has a second name (hard link).
+    """
     file, directory = Path(tensor.path), Path(tensor.base_dir)
     if not file.resolve().is_relative_to(directory.resolve()):
         reason = f"the data of {tensor.name!r} lies outside the graph's directory"

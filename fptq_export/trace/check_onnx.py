@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from fptq_export.errors import Problem, UserError, UserErrors
-from fptq_export.graph_io import load_graph
+from fptq_export.graph_io import check_data_file, load_graph
 
 __all__ = ["check_onnx", "files_of_onnx", "opened_onnx"]
 
@@ -45,6 +45,7 @@ def _check_data(tensor: ir.ExternalTensor) -> None:
     if size < end:
         cause = f"{size} bytes, but {tensor.name!r} ends at byte {end}: it was cut off"
         raise UserError(str(file), cause, "copy it again")
+    check_data_file(tensor)
 
 
 def check_onnx(path: Path) -> None:
@@ -73,7 +74,7 @@ def files_of_onnx(model: ir.Model, path: Path) -> tuple[Path, ...]:
 
 
 def _opset_problems(model: ir.Model) -> Iterator[Problem]:
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    version = model.opset_imports.get("")
     if version is None:
         yield Problem("opset_import", "no version of the standard operators, so their meaning is not known")
     elif version < _OLDEST_OPSET:

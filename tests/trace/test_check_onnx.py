@@ -87,6 +87,18 @@ def test_operator_that_is_a_function_of_the_model_is_no_custom_operator(tmp_path
     assert opened_onnx(path).functions
 
 
+def test_linked_weights_are_refused_before_anything_reads_them(tmp_path: Path) -> None:
+    """As a cache of downloads lays them out: a link beside the graph to a file elsewhere."""
+    directory, elsewhere = tmp_path / "snapshot", tmp_path / "blob"
+    directory.mkdir()
+    path = directory / "user.onnx"
+    onnx.save(mlp_graph(), path, save_as_external_data=True, location="user.data", size_threshold=0)
+    (directory / "user.data").rename(elsewhere)
+    (directory / "user.data").symlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"user\.data: the data of .* lies outside the graph's directory"):
+        opened_onnx(path)
+
+
 def test_quantized_graph_is_refused(tmp_path: Path) -> None:
     """Codes are made from float weights."""
     graph = GraphBuilder()
