@@ -34,6 +34,7 @@ from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.check_options import quantizes_block_by_block
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.stages import StageRunner
 from fptq_export.pipeline.task_options import check_length
 from fptq_export.policy import LayerPolicy, Policy, WeightMethod, write_policy
 from fptq_export.progress import Progress
@@ -210,6 +211,12 @@ def _measured_otherwise(sites: Sites, options: RunOptions) -> list[str]:
 def needs_hessians(options: RunOptions) -> bool:
     """Whether the weight method or the equalizer of a run needs the Hessians of the inputs."""
     return WEIGHT_METHODS[weight_method_of(options)].needs_hessian or _equalizer(options).needs_hessian
+
+
+def hessian_files(options: RunOptions, directory: RunDirectory, runner: StageRunner) -> tuple[Path, ...]:
+    """Hessians where they are needed, or there already: another weight method does not calibrate again."""
+    wanted = needs_hessians(options) or runner.wrote("calibrate", directory.hessians)
+    return (directory.hessians,) if wanted else ()
 
 
 def weight_method_of(options: RunOptions) -> WeightMethod:

@@ -227,11 +227,9 @@ class _Road:
 
     @property
     def _hessian_files(self) -> tuple[Path, ...]:
-        """Hessians where they are needed, or there already: another weight method does not calibrate again."""
-        from fptq_export.pipeline.calibration import needs_hessians
+        from fptq_export.pipeline.calibration import hessian_files
 
-        wanted = needs_hessians(self._options) or self._runner.wrote("calibrate", self._dir.hessians)
-        return (self._dir.hessians,) if wanted else ()
+        return hessian_files(self._options, self._dir, self._runner)
 
     def _policy(self) -> None:
         inputs = PolicyInputs(

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from fptq_export.packing import packed_from_int4
 from fptq_export.rewrite.functions import DOMAIN, W4A8_PER_TOKEN, W4A8_STATIC
+from fptq_export.rewrite.initializers import lazy_initializer
 from fptq_export.rewrite.lower_to_plugin import (
     PluginLinear,
     bias_addition,
-    lazy_initializer,
     plugin_linear,
     remove_if_unused,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
-from fptq_export.graph_io import lazy_tensor
 from fptq_export.packing import (
     LAYOUT_VERSION,
     OUT_MULTIPLE,
@@ -20,6 +19,7 @@ from fptq_export.packing import (
 )
 from fptq_export.policy import GROUP_SIZES
 from fptq_export.rewrite.functions import DOMAIN, W4A8_PER_TOKEN, W4A8_STATIC
+from fptq_export.rewrite.initializers import lazy_initializer
 
 __all__ = [
     "PLUGIN_DOMAIN",
@@ -27,7 +27,6 @@ __all__ = [
     "LowerToPlugin",
     "PluginLinear",
     "bias_addition",
-    "lazy_initializer",
     "plugin_linear",
     "remove_if_unused",
 ]
@@ -209,13 +208,3 @@ def _scales(model: ir.Model, linear: PluginLinear, path: str) -> ir.Value:
     padded_n, _ = padded_shape(linear.out_features, linear.in_features)
     shape = (linear.in_features // linear.group_size, padded_n)
     return lazy_initializer(model, f"{path}.weight_tile_scales", ir.DataType.FLOAT16, shape, packed)
-
-
-def lazy_initializer(
-    model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], NDArray[np.generic]]
-) -> ir.Value:
-    """Add an initializer that is computed when it is written (see `lazy_tensor`)."""
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    value.const_value = lazy_tensor(name, dtype, shape, make)
-    model.graph.register_initializer(value)
-    return value

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+
+from tests.support.onnx_graphs import GraphBuilder
 
 if TYPE_CHECKING:
     from fptq_export.build.engine import BuildRequest
@@ -32,29 +33,14 @@ class LoweredGraph:
     quantized: dict[str, int]
 
 
-@dataclass
-class Tape:
-    """Nodes and initializers of a graph in the making."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: list[onnx.TensorProto] = field(default_factory=list)
-    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-
-    def constant(self, name: str, array: NDArray[Any] | np.generic) -> str:
-        """Add an initializer."""
-        self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
-        return name
+class Tape(GraphBuilder):
+    """Nodes and initializers of a lowered graph in the making."""
 
     def int4(self, name: str, shape: tuple[int, int]) -> str:
         """Add random INT4 codes."""
         packed = self.random.integers(0, 256, np.prod(shape) // 2, dtype=np.uint8)
         self.initializers.append(helper.make_tensor(name, TensorProto.INT4, shape, packed.tobytes(), raw=True))
         return name
-
-    def op(self, op_type: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """Add a node and return its output."""
-        self.nodes.append(helper.make_node(op_type, inputs, [f"{name}.output"], name=name, **attributes))
-        return f"{name}.output"
 
     def static_qdq(self, x: str, path: str) -> str:
         """INT8 per tensor, in float32."""

@@ -36,8 +36,8 @@ class GraphBuilder:
 
     def op(self, op_type: str, inputs: list[str], name: str, output: str = "", **attributes: Any) -> str:
         """Add a node and return its output."""
-        self.nodes.append(helper.make_node(op_type, inputs, [output or f"{name}_out"], name=name, **attributes))
-        return output or f"{name}_out"
+        self.nodes.append(helper.make_node(op_type, inputs, [output or f"{name}.output"], name=name, **attributes))
+        return output or f"{name}.output"
 
     def model(
         self, inputs: dict[str, list[int | str]], outputs: dict[str, list[int | str]], opset: int = 17
