@@ -114,6 +114,7 @@ def _add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
     _add_graph_options(parser)
     _add_calibration_options(parser)
     _add_policy_options(parser)
+    _add_weight_options(parser)
     _add_verify_options(parser)
     _add_checkpoint_options(parser)
     _add_build_options(parser)
@@ -210,6 +211,19 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--percentile", type=float, metavar="P", help="of the values that percentile covers [99.99]")
     group.add_argument(
+        "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
+    )
+    group.add_argument(
+        "--precision",
+        nargs="+",
+        metavar="REGEX=NAME",
+        help="layers that run w8a8, w4a16 or float, e.g. 'down_proj$=w8a8'; the last match wins [w4a8 for all]",
+    )
+
+
+def _add_weight_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("weights")
+    group.add_argument(
         "--group-size", type=int, metavar="N", help="128, 64, 32 or 16 channels share a weight scale [128]"
     )
     group.add_argument(
@@ -233,15 +247,6 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="STEPS",
         help="the same, then learn the rounding of each block against the float block's output: about 100 steps [0]",
-    )
-    group.add_argument(
-        "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
-    )
-    group.add_argument(
-        "--precision",
-        nargs="+",
-        metavar="REGEX=NAME",
-        help="layers that run w8a8, w4a16 or float, e.g. 'down_proj$=w8a8'; the last match wins [w4a8 for all]",
     )
 
 

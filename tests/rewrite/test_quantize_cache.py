@@ -21,8 +21,8 @@ from tests.support.graphs import by_type
 from tests.support.traced import Traced, causal_feed, run
 
 WINDOW = 3
-HIDDEN_TYPES = {1: np.float32, 3: np.int8, 10: np.float16}
-"""ONNX element type -> that of NumPy, of what a cache may be made of."""
+CACHE_TYPES = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT8: np.int8}
+"""ONNX element type -> that of NumPy: a cache, its codes and its scales."""
 
 
 def saved(model: ir.Model, path: Path) -> Path:
@@ -39,7 +39,7 @@ def toy_feed(graph: Path, ids: NDArray[np.int64], past: dict[str, NDArray[Any]] 
     for value in onnx.load(graph).graph.input:
         if value.name.startswith("past_key_values.") and past is None:
             sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            feed[value.name] = np.zeros((batch, 1, 0, sizes[3]), HIDDEN_TYPES[value.type.tensor_type.elem_type])
+            feed[value.name] = np.zeros((batch, 1, 0, sizes[3]), CACHE_TYPES[value.type.tensor_type.elem_type])
     length = feed["past_key_values.0.key"].shape[2]
     feed["input_ids"] = ids
     feed["attention_mask"] = np.ones((batch, length + sequence), np.int64)
