@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from rich.console import Console
 
-from fptq_export.errors import Problem, UserError, UserErrors
+from fptq_export.cli.tool import Tool
+from fptq_export.errors import ExitCode, Problem, UserError, UserErrors
 from fptq_export.evaluate.options import SYSTEMS, EvalOptions
 
-__all__ = ["EVAL_EXAMPLES", "EVAL_HELP", "EVAL_VERB", "add_eval_options", "eval_options_from_namespace"]
+__all__ = ["EVAL"]
 
-EVAL_VERB = "eval"
-EVAL_HELP = "perplexity and lm-eval tasks: FP32 model, fake quantization and ONNX side by side -> eval.json"
-EVAL_EXAMPLES = """\
+_EXAMPLES = """\
 examples:
   fptq-export eval run/                                            held-out text, every system of the run
   fptq-export eval run/ --text mine.txt more.jsonl --eval-windows 0
@@ -25,7 +25,7 @@ examples:
 """
 
 
-def add_eval_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options; only those that are given appear in the namespace."""
     parser.add_argument("source", nargs="?", metavar="DIR|MODEL", help="run directory, or a model as `run` takes it")
     parser.add_argument("-o", "--output", metavar="DIR", help="where eval.json goes [the run directory, or NAME-eval]")
@@ -55,7 +55,7 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def eval_options_from_namespace(given: Mapping[str, Any]) -> EvalOptions:
+def _options_from_namespace(given: Mapping[str, Any]) -> EvalOptions:
     """Check the options.
 
     Raises:
@@ -78,6 +78,19 @@ def eval_options_from_namespace(given: Mapping[str, Any]) -> EvalOptions:
         raise UserErrors("options", problems, "see fptq-export eval --help") from None
 
 
+def _run(given: Mapping[str, Any], command: str, console: Console) -> ExitCode:
+    options = _options_from_namespace(given)
+    from fptq_export.evaluate.run import run_eval
+    from fptq_export.evaluate.table import print_report
+    from fptq_export.progress import ConsoleProgress
+
+    report, path = run_eval(options, command, console, ConsoleProgress(console))
+    plain = Console(highlight=False)
+    print_report(report, plain)
+    plain.print(f"file: {path}", markup=False, soft_wrap=True)
+    return ExitCode.OK
+
+
 def _comma_separated(words: list[str]) -> tuple[str, ...]:
     """`["a,b", "c"]` -> `("a", "b", "c")`, each once."""
     return tuple(dict.fromkeys(name.strip() for word in words for name in word.split(",") if name.strip()))
@@ -89,3 +102,12 @@ def _option(location: tuple[int | str, ...]) -> str:
 
 def _message(location: tuple[int | str, ...], message: str) -> str:
     return f"choose from {', '.join(SYSTEMS)}" if location[0] == "systems" else message
+
+
+EVAL = Tool(
+    verb="eval",
+    help="perplexity and lm-eval tasks: FP32 model, fake quantization and ONNX side by side -> eval.json",
+    examples=_EXAMPLES,
+    add_options=_add_options,
+    run=_run,
+)

@@ -8,14 +8,13 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from fptq_export.cli.arguments import options_from_namespace, parser_for_cli, verb_and_arguments
-from fptq_export.cli.eval_arguments import EVAL_VERB, eval_options_from_namespace
+from fptq_export.cli.arguments import TOOLS, options_from_namespace, parser_for_cli, verb_and_arguments
 from fptq_export.cli.launch import connected, is_first
 from fptq_export.cli.option_names import canonical_arguments
 from fptq_export.errors import AnotherRankError, ExitCode, FptqError, UserError
@@ -43,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with connected() as ranks:
             if ranks.rank == 0:
-                _run(words, console, verbose, ranks)
-            else:
-                _serve(ranks, verbose)
+                return _run(words, console, verbose, ranks)
+            _serve(ranks, verbose)
     except AnotherRankError as error:
         return error.exit_code
     except FptqError as error:
@@ -66,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ExitCode.OK
 
 
-def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> None:
+def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> ExitCode:
     parser = parser_for_cli()
     if not words or words[0] in ("-h", "--help", "--version"):
         parser.parse_args(words or ["--help"])
@@ -77,17 +75,16 @@ def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> Non
     command = shlex.join(["fptq-export", *words])
     if not verbose:
         _silence_libraries()
-    if verb == EVAL_VERB:
+    if verb in TOOLS:
         if ranks.size > 1:
-            raise UserError(EVAL_VERB, f"runs in one process, not in {ranks.size}", "start it without torchrun")
-        _evaluate(given, command, console)
-        return
+            raise UserError(verb, f"runs in one process, not in {ranks.size}", "start it without torchrun")
+        return TOOLS[verb].run(given, command, console)
     options = options_from_namespace(verb, given)
     if given.get("dry_run"):
         from fptq_export.pipeline.dry_run import print_plans
 
         print_plans(verb, options, Console(highlight=False))
-        return
+        return ExitCode.OK
     # The pipeline imports ONNX Runtime; help and usage errors do without.
     from fptq_export.pipeline import run_road, runs_from_options
     from fptq_export.pipeline.summary import print_summary
@@ -96,19 +93,7 @@ def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> Non
     progress = ConsoleProgress(console)
     for run in runs_from_options(verb, options, progress, ranks):
         print_summary(run_road(verb, run, command, console, progress, ranks), Console(highlight=False))
-
-
-def _evaluate(given: Mapping[str, Any], command: str, console: Console) -> None:
-    options = eval_options_from_namespace(given)
-    # The systems import torch and ONNX Runtime; help and usage errors do without.
-    from fptq_export.evaluate.run import run_eval
-    from fptq_export.evaluate.table import print_report
-    from fptq_export.progress import ConsoleProgress
-
-    report, path = run_eval(options, command, console, ConsoleProgress(console))
-    plain = Console(highlight=False)
-    print_report(report, plain)
-    plain.print(f"file: {path}", markup=False, soft_wrap=True)
+    return ExitCode.OK
 
 
 def _serve(ranks: Ranks, verbose: bool) -> None:
