@@ -61,10 +61,7 @@ def is_parameter(value: ir.Value) -> bool:
 
 
 def _tensor_from_file(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
-    def read() -> NDArray[np.generic]:
-        return stored.read().astype(dtype.numpy(), copy=False)
-
-    return lazy_tensor(name, dtype, shape, read)
+    return lazy_tensor(name, dtype, shape, lambda: stored.read_as(dtype.numpy()))
 
 
 def transpose_linear_weights(model: ir.Model) -> bool:
