@@ -19,6 +19,7 @@ LEAVES = frozenset(
             "packing",
             "policy",
             "progress",
+            "range_outputs",
             "roofline",
             "sites",
             "sources",
@@ -28,7 +29,7 @@ LEAVES = frozenset(
         ),
     }
 )
-DRIVERS = frozenset({"__main__", "cli", "evaluate", "pipeline"})
+DRIVERS = frozenset({"__main__", "cli", "evaluate", "monitor", "pipeline"})
 """May import everything; nothing but drivers may import them."""
 STAGES = frozenset({"build", "observe", "package", "plugin", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"

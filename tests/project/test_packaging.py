@@ -46,6 +46,7 @@ PACKAGES = {
     "fptq_export/cpu",
     "fptq_export/evaluate",
     "fptq_export/experts",
+    "fptq_export/monitor",
     "fptq_export/observe",
     "fptq_export/package",
     "fptq_export/pipeline",
