@@ -68,7 +68,8 @@ def test_range_that_covers_held_out_text_is_not_warned_of() -> None:
     """The ratio is that of the magnitudes, and one below the limit is no warning."""
     figures = figures_of([stats_of(values(0)), stats_of(values(1))], stats_of(values(2, largest=4.5)))
     assert figures.held_out_ratio == 4.5 / 4.0
-    assert figures.exceeding_channels == figures.warnings == ()
+    assert figures.exceeding_channels == ()
+    assert figures.warnings == ()
 
 
 def test_range_that_held_out_text_exceeds_is_warned_of_with_its_channel() -> None:
