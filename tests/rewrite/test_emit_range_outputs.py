@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fptq_export.numerics import equalized_absmax
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import NoProgress
 from fptq_export.range_outputs import METADATA_KEY, OUTPUT_NAME, RangeOutputs, read_range_outputs
-from fptq_export.rewrite import RewritePaths, lower_for_plugin, lower_for_tensorrt, rewrite
+from fptq_export.rewrite import GraphForm, RewritePaths, lower_for_plugin, lower_for_tensorrt, rewrite
 from fptq_export.rewrite.emit_range_outputs import EmitRangeOutputs
 from fptq_export.rewrite.functions import DOMAIN, RANGE_MONITOR, range_monitor_function, register_function
 from fptq_export.sites import Sites
@@ -134,6 +135,16 @@ def test_static_layers_have_one_row_and_no_other_layer_has_any(monitored: Monito
     proto = onnx.load(monitored.w4a8, load_external_data=False)
     read = {node.input[0] for node in proto.graph.node if node.op_type == RANGE_MONITOR}
     assert read == {monitored.plain.traced.sites.linear(path).input for path in static}
+
+
+def test_every_form_of_the_graph_has_the_same_rows(llama_rewritten: Rewritten, tmp_path: Path) -> None:
+    """A static INT8 cache and the slice before the head are made first: what linears read keeps its place."""
+    plain = llama_rewritten
+    paths = RewritePaths(*(tmp_path / name for name in ("model.onnx", "qdq.onnx", "w4a8.onnx", "ranges.json")))
+    paths = dataclasses.replace(paths, model=plain.traced.model)
+    form = GraphForm("last", "static", "int8")
+    rewrite(paths, plain.traced.sites, plain.policy, plain.arrays, NoProgress(), form)
+    assert read_range_outputs(tmp_path / "ranges.json") == monitored_of(plain, tmp_path / "plain").ranges
 
 
 def test_readers_of_one_tensor_share_a_row(llama_rewritten: Rewritten, tmp_path: Path) -> None:
