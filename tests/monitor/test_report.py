@@ -104,7 +104,7 @@ def test_the_table_names_layers_and_advice(tmp_path: Path, capsys: pytest.Captur
     assert all(word in line for word in ("25.0000%", " 4 ", "saturates"))
     assert "drifted" in out
     assert out.index("a.q_proj") < out.index("e.up")
-    assert all(hint in out.replace("\n", " ") for hint in report.hints)
+    assert all(hint in " ".join(out.split()) for hint in report.hints)
     assert len(report.hints) == 2
 
 
