@@ -151,7 +151,7 @@ def test_summary_speaks_of_accuracy_size_and_proof(report: Report) -> None:
     assert "90 of its 91 layers" in text
     assert "1.0 MiB (25%)" in text
     assert "a little higher: 7.54 after 7.39 (+2.0%)" in text
-    assert "The proof holds: the engine's own layer list shows 90 linears with 4-bit weights" in text
+    assert "The proof holds: the engine's own layer list shows 90 linears with 4-bit weights, as" in text
 
 
 @pytest.mark.parametrize(
