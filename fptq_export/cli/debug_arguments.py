@@ -36,7 +36,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, metavar="N", help="windows of the text, one batch [1]")
     parser.add_argument("--seq", type=int, metavar="TOKENS", help="tokens in a window [128]")
     parser.add_argument(
-        "--max-excess", type=float, metavar="DB", help="how far a layer's error may exceed what rounding predicts [3]"
+        "--max-excess", type=float, metavar="DB", help="how far a layer's error may exceed what rounding predicts [6]"
     )
     parser.add_argument(
         "--no-leave-one-out",

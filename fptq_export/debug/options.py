@@ -26,7 +26,7 @@ class DebugOptions(BaseModel):
     """Tokens a window."""
     leave_one_out: bool = True
     """Measure what the model gains with each layer in float."""
-    max_excess: PositiveFloat = 3.0
+    max_excess: PositiveFloat = 6.0
     """How many dB a layer's error may lie above what its rounding predicts."""
     cut: str | None = None
     """Write this layer as a graph of its own, and nothing else."""

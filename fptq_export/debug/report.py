@@ -67,6 +67,8 @@ class LayerReport(_Model):
     """(b) Its output in the graph, behind the errors of all layers before it. Null for experts, whose tokens differ."""
     input: Match | None
     """Its input where every quantized linear of its block is in float: what norms, folds and attention do to it."""
+    input_is_wrong: bool
+    """Whether that is off by more than rounding. Inputs behind a wrong one in the same block are not judged."""
     saturated: float | None
     """Share of inputs beyond the static INT8 range, in the graph; null for other activations."""
     input_absmax: float

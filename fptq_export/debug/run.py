@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -184,6 +185,7 @@ class _Walk:
         clean = sessions.probe(self._tokens, hidden, step.linears.keys())
         inputs = {path: self._run.in_graph_scale(path, found.x) for path, found in step.linears.items()}
         alone = sessions.alone({path: x for path, x in inputs.items() if len(x) and np.isfinite(x).all()})
+        wrong: ir.Value | None = None
         for linear in step.segment.linears:
             path, weight = linear.path, linear.weight()
             layer_run = LayerRun(
@@ -197,7 +199,9 @@ class _Walk:
                 calibrated_absmax=self._run.calibrated_absmax(path),
                 site=self._run.equalized_site(path),
             )
-            report = judged(layer_run, weight, step.segment.block, self._options.max_excess)
+            judge_input = wrong in (None, linear.x)
+            report = judged(layer_run, weight, step.segment.block, self._options.max_excess, judge_input=judge_input)
+            wrong = linear.x if report.input_is_wrong else wrong
             faults = (*policy_faults(linear, weight, self._run.arrays), *report.faults)
             self._layers[path] = report.model_copy(update={"faults": faults})
             task.advance()

@@ -11,7 +11,7 @@ from fptq_export.debug.report import DebugReport, LayerReport, Match
 __all__ = ["print_report"]
 
 _GIB = 1 << 30
-_WIDTH = 130
+_WIDTH = 150
 """Columns that the table needs: a path is not broken."""
 
 
@@ -28,7 +28,7 @@ def print_report(report: DebugReport, console: Console) -> None:
         table.add_column("KL gain", justify="right")
     for path, layer in report.layers.items():
         table.add_row(path, *_cells(layer, with_gains), style="bold red" if layer.faults else None)
-    console.print(table, width=max(console.width, _WIDTH), soft_wrap=True, crop=False)
+    Console(file=console.file, width=max(console.width, _WIDTH), highlight=False).print(table)
     _say(console, f"text: {report.text}")
     graph, kl = report.graph_perplexity, report.graph_kl
     found = "not finite" if graph is None else f"{graph.perplexity:.2f}"
