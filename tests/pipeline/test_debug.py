@@ -32,8 +32,8 @@ KEPT = 0.01
 """Of a KL divergence: a layer is kept in FP32 by one graph and in FP16 by the other, which flips some INT8 codes of the
 layers behind it, next to rounding boundaries. Measured: 1e-4."""
 SEGMENTS = 1e-5
-"""Of a sum of log likelihoods: hidden states are rounded to FP16 between segments, where ONNX Runtime keeps them in FP32
-inside a graph. That is 2^-11 of a logit's spread of some 0.1, of either sign, for each of 63 tokens with 6.3 nats:
+"""Of a sum of log likelihoods: hidden states are rounded to FP16 between segments, where ONNX Runtime keeps them in
+FP32 inside a graph. That is 2^-11 of a logit's spread of some 0.1, of either sign, for each of 63 tokens with 6.3 nats:
 2^-11 x 0.1 / 6.3 / 63^0.5 = 1e-6. Measured: 3e-7."""
 
 Array = NDArray[Any]
