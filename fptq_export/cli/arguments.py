@@ -13,6 +13,7 @@ from fptq_export import __version__
 from fptq_export.cli.debug_arguments import DEBUG
 from fptq_export.cli.eval_arguments import EVAL
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
+from fptq_export.cli.stats_arguments import STATS
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
@@ -31,7 +32,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL, DEBUG)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DEBUG, STATS)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\
