@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from fptq_export import __version__
+from fptq_export.cli.diff_arguments import DIFF
 from fptq_export.cli.eval_arguments import EVAL
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
 from fptq_export.errors import Problem, UserError, UserErrors
@@ -30,7 +31,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL,)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DIFF)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\

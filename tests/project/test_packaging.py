@@ -44,6 +44,7 @@ PACKAGES = {
     "fptq_export/build",
     "fptq_export/cli",
     "fptq_export/cpu",
+    "fptq_export/diff",
     "fptq_export/evaluate",
     "fptq_export/experts",
     "fptq_export/observe",
