@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from fptq_export import __version__
 from fptq_export.cli.diff_arguments import DIFF
 from fptq_export.cli.eval_arguments import EVAL
+from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
+from fptq_export.cli.stats_arguments import STATS
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
@@ -31,7 +33,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL, DIFF)}
+TOOLS = {tool.verb: tool for tool in (DIFF, EVAL, REPORT, STATS)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\
@@ -83,6 +85,10 @@ def parser_for_cli() -> argparse.ArgumentParser:
         other.add_argument(
             "--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing"
         )
+        if verb == RUN_VERB:
+            other.add_argument(
+                "--report", action="store_true", help="write report.html and report.md at the end (fptq-export report)"
+            )
     for tool in TOOLS.values():
         parser_of_tool = _add_verb(verbs, tool.verb, tool.help, tool.examples)
         tool.add_options(parser_of_tool)
