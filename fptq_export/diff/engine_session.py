@@ -49,7 +49,7 @@ class RunnerSession:
     def __init__(self, runner: BaseRunner, name: str) -> None:
         self.name = name
         self._runner = runner
-        self._inputs = runner.get_input_metadata()
+        self._inputs = runner.get_input_metadata(use_numpy_dtypes=False)
 
     def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], RunnerCache]:
         """Run a prompt: int64 [B, S] -> logits float32 [B, S, V], cache of S tokens."""

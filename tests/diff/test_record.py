@@ -43,7 +43,7 @@ def diffed(reference: Any, candidate: Any, windows: NDArray[np.int64], directory
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     exact = logits.astype(np.float64)
-    return np.log(np.exp(exact) / np.exp(exact).sum(axis=-1, keepdims=True))
+    return np.asarray(np.log(np.exp(exact) / np.exp(exact).sum(axis=-1, keepdims=True)))
 
 
 def test_prefill_figures_are_their_formulas(windows: NDArray[np.int64], tmp_path: Path) -> None:

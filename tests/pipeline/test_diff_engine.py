@@ -23,12 +23,14 @@ def test_runner_session_carries_the_cache_as_the_onnx_session_does(finished_run:
     expected = OnnxCausalSession(graph, threads=None)
     with OnnxrtRunner(lambda: body_session_from_path(graph)) as runner:
         found = RunnerSession(runner, "engine")
-        pairs = [session.prefill(ids[:, :4]) for session in (expected, found)]
-        assert np.array_equal(pairs[0][0], pairs[1][0])
+        logits, cache = expected.prefill(ids[:, :4])
+        same, carried = found.prefill(ids[:, :4])
+        assert np.array_equal(same, logits)
         for step in (4, 5):
             token = ids[:, step : step + 1]
-            pairs = [expected.decode(token, pairs[0][1]), found.decode(token, pairs[1][1])]
-            assert np.array_equal(pairs[0][0], pairs[1][0]), step
+            logits, cache = expected.decode(token, cache)
+            same, carried = found.decode(token, carried)
+            assert np.array_equal(same, logits), step
 
 
 def manifest(**options: Any) -> Any:
