@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from fptq_export import __version__
+from fptq_export.cli.debug_arguments import DEBUG
 from fptq_export.cli.diff_arguments import DIFF
 from fptq_export.cli.eval_arguments import EVAL
 from fptq_export.cli.report_arguments import REPORT
@@ -33,7 +34,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (DIFF, EVAL, REPORT, STATS)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, REPORT, STATS)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\
@@ -49,6 +50,7 @@ examples:
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export MODEL -o run/ --policy auto --effective-bits 5               choose per layer under a budget
   fptq-export eval run/ --tasks piqa,arc_easy                              what quantization costs
+  fptq-export debug run/                                                   which layer broke
   torchrun --nproc-per-node 4 -m fptq_export MODEL -o run/                 calibrate in four processes
   fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
   fptq-export MODEL --engine out.plan --dry-run

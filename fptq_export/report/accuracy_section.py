@@ -42,8 +42,7 @@ def _verify_blocks(documents: RunDocuments) -> Iterator[Block]:
 def _eval_blocks(documents: RunDocuments) -> Iterator[Block]:
     report = documents.evaluated
     if report is None:
-        applies = documents.verified is None or isinstance(documents.verified, VerifyReport)
-        if documents.manifest.options.task == "seq2seq-decoder" or not applies:
+        if not documents.predicts_text:
             yield Missing("Tasks and texts are evaluated for language models alone; this is none.")
         else:
             yield Missing("No other text and no task was evaluated.", documents.command("eval"))

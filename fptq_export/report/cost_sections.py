@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def _size_blocks(documents: RunDocuments) -> Iterator[Block]:
     named = [("model.onnx", sizes.model), ("model.w4a8.onnx", sizes.quantized), ("engine", sizes.engine)]
     found = [(name, count) for name, count in named if count]
     if not found:
-        yield Missing("No graph was written yet.", f"fptq-export MODEL -o {documents.directory}")
+        yield Missing("No graph was written yet.", documents.command_from_model("run"))
         return
     columns = (Column("file"), Column("bytes", numeric=True), Column("size"), Column("of model.onnx", numeric=True))
     rows = tuple(
@@ -134,7 +135,8 @@ def _pareto_blocks(documents: RunDocuments) -> Iterator[Block]:
     if report is None:
         model, directory = documents.manifest.options.model, documents.directory
         text = "The policy was not chosen under a budget, so there is no frontier of size against accuracy."
-        yield Missing(text, f"fptq-export {model} -o {directory}-auto --policy auto")
+        command = shlex.join(["fptq-export", model, "-o", f"{directory}-auto", "--policy", "auto"])
+        yield Missing(text, command if documents.predicts_text else None)
         return
     yield Text(f"Chosen under a budget of bits; '{report.kept}' was kept. Decode times are those of: {report.cost}.")
     columns = (

@@ -12,10 +12,12 @@ from fptq_export.errors import UserError
 from fptq_export.evaluate.report import EvalReport
 from fptq_export.files import read_json_model
 from fptq_export.package.manifest import Manifest, read_manifest
+from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import Policy, PolicyArrays, arrays_path, read_policy
 from fptq_export.roofline.measured import CostTable, read_cost_table
 from fptq_export.sites import Sites, read_sites
+from fptq_export.tasks import is_half
 from fptq_export.verify.encoder_report import EncoderReport, report_from_file
 from fptq_export.verify.graph_report import GraphReport
 from fptq_export.verify.report import VerifyReport
@@ -47,6 +49,16 @@ class RunDocuments:
     def command(self, verb: str, *words: str) -> str:
         """`fptq-export VERB DIR ...`, as a shell takes it."""
         return shlex.join(["fptq-export", verb, str(self.directory), *words])
+
+    def command_from_model(self, verb: str) -> str:
+        """The same for the verbs that start from the model."""
+        return shlex.join(["fptq-export", verb, self.manifest.options.model, "-o", str(self.directory)])
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether verbs for language models apply: not to encoders, halves of encoder-decoders and ONNX graphs."""
+        other = is_half(self.manifest.options.task) or is_onnx_model(self.manifest.options)
+        return not other and (self.verified is None or isinstance(self.verified, VerifyReport))
 
     @property
     def model_name(self) -> str:

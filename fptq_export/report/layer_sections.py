@@ -77,9 +77,8 @@ def ranges_section(documents: RunDocuments, layers: tuple[LayerFigures, ...]) ->
 def error_section(documents: RunDocuments, layers: tuple[LayerFigures, ...]) -> Section:
     """What quantization does to each layer: measured where that was done, else what the policy lets one see."""
     blocks: list[Block] = []
-    blocks.append(
-        Missing("The error of each layer was not measured one by one in this run.", documents.command("debug"))
-    )
+    command = documents.command("debug") if documents.predicts_text else None
+    blocks.append(Missing("The error of each layer was not measured one by one in this run.", command))
     blocks += _sqnr_blocks(layers)
     blocks += _level_blocks(layers)
     return Section("layer-error", "Error of each layer", tuple(blocks))
@@ -127,9 +126,8 @@ def _level_blocks(layers: tuple[LayerFigures, ...]) -> Iterator[Block]:
         )
         for layer in lowest
     )
-    yield Table("table-levels", f"The {len(rows)} static inputs that use the fewest steps", columns, rows)
+    yield Table("table-levels", "Static inputs that use the fewest steps", columns, rows)
 
 
 def _no_policy(documents: RunDocuments) -> Missing:
-    command = f"fptq-export calibrate {documents.manifest.options.model} -o {documents.directory}"
-    return Missing("The run has no policy.json with calibrated layers yet.", command)
+    return Missing("The run has no policy.json with calibrated layers yet.", documents.command_from_model("calibrate"))

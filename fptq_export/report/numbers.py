@@ -25,8 +25,8 @@ def text(words: str | None) -> Cell:
 
 
 def mib(count: int) -> str:
-    """Bytes in MiB."""
-    return f"{count / MIB:.1f} MiB"
+    """Bytes in MiB, or in KiB where that is less than one."""
+    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
 
 
 def plural(count: int, noun: str) -> str:

@@ -36,7 +36,7 @@ def calibration_section(documents: RunDocuments) -> Section:
     record, options = documents.manifest.stages.get("calibrate"), documents.manifest.options
     if record is None:
         text = "Nothing was calibrated in this run: the policy was given, or the run did not get that far."
-        blocks: tuple[Block, ...] = (Missing(text, f"fptq-export calibrate {options.model} -o {documents.directory}"),)
+        blocks: tuple[Block, ...] = (Missing(text, documents.command_from_model("calibrate")),)
     else:
         rows = [(name.replace("_", " "), _words(value)) for name, value in record.summary.items()]
         rows += [("range of a static scale", options.range_calibrator), ("seed", str(options.seed))]

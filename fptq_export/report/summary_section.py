@@ -26,7 +26,7 @@ def summary_section(documents: RunDocuments) -> Section:
 def _blocks(documents: RunDocuments) -> Iterator[Text | Missing]:
     if documents.policy is None:
         text = "Nothing is quantized yet: the run has no policy."
-        yield Missing(text, f"fptq-export MODEL -o {documents.directory}")
+        yield Missing(text, documents.command_from_model("run"))
     else:
         yield Text(_what(documents, documents.policy))
     yield Text(_size(documents))
@@ -103,10 +103,14 @@ def _proof(documents: RunDocuments) -> Text | Missing:
             "No engine was built, so there is nothing to prove about one.",
             documents.command("build", "--engine", "out.plan"),
         )
-    linears = build.summary.get("quantized_linears", 0)
-    int8 = build.summary.get("int8_linears") or 0
+    kinds = (
+        ("quantized_linears", "linear", "4-bit weights"),
+        ("int8_linears", "linear", "8-bit weights"),
+        ("int8_convolutions", "convolution", "8-bit weights"),
+    )
+    counted = [(build.summary.get(name) or 0, noun, what) for name, noun, what in kinds]
+    found = " and ".join(f"{plural(count, noun)} with {what}" for count, noun, what in counted if count)
     return Text(
-        f"The proof holds: the engine's own layer list shows {linears} linears with 4-bit weights"
-        + (f" and {int8} with 8-bit weights" if int8 else "")
-        + ", each the precision that the policy asks for. A layer that ran anything else would have stopped the build."
+        f"The proof holds: the engine's own layer list shows {found or 'nothing quantized'}, as the policy asks for. A"
+        " layer that is missing or has other weights would have stopped the build."
     )
