@@ -47,6 +47,7 @@ PACKAGES = {
     "fptq_export/cpu",
     "fptq_export/doctor",
     "fptq_export/debug",
+    "fptq_export/diff",
     "fptq_export/evaluate",
     "fptq_export/experts",
     "fptq_export/inspect",
