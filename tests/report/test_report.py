@@ -31,7 +31,17 @@ from fptq_export.roofline import DEVICES
 from fptq_export.roofline.measured import CostEntry, CostTable
 from fptq_export.verify.encoder_report import CosineFigures, EncoderReport, RetrievalFigures
 from fptq_export.verify.graph_report import GraphReport, OutputFigures
-from tests.report.synthetic_run import BLOCKS, CHANNELS, EQUALIZED, HOSTILE, LARGE, SECTIONS, verify_report, write_run
+from tests.report.synthetic_run import (
+    BAD_LAYER,
+    BLOCKS,
+    CHANNELS,
+    EQUALIZED,
+    HOSTILE,
+    LARGE,
+    SECTIONS,
+    verify_report,
+    write_run,
+)
 
 FLOAT32_STEP = 2.0**-23
 """A float32 division of m by s = m, and the median of 64 such quotients, are off by no more than one rounding."""
@@ -201,6 +211,16 @@ def test_warnings_name_what_matters(run: Path) -> None:
         assert text in found
 
 
+def test_measured_layer_errors_replace_the_command(run: Path, report: Report) -> None:
+    """With debug.json every layer has a row, the bad layer and its fault are named, and no command is."""
+    found = section(report, "layer-error")
+    assert not any(isinstance(block, Missing) for block in found.blocks)
+    assert f"**warning** {BAD_LAYER}: its scale is ten times too small" in words(found)
+    tables = {block.id: block for block in found.blocks if isinstance(block, Table)}
+    assert len(tables["table-debug"].rows) == 3 * BLOCKS
+    assert f"warning: 1 layer worse than the steps of its integers explain: {BAD_LAYER}" in notes(read_documents(run))
+
+
 def test_random_calibration_is_a_warning(tmp_path: Path) -> None:
     """Ranges of random tokens are not those of text."""
     found = notes(read_documents(write_run(tmp_path / "run", calib_dataset="random")))
@@ -284,7 +304,7 @@ def test_page_carries_all_it_needs(report: Report) -> None:
     """No address, no file beside it: only the names of XML vocabularies look like addresses."""
     page = re.sub(r' xmlns(:\w+)?="[^"]*"', "", html_from_report(report))
     assert re.findall(r"https?://|<link|<img|@import|src=|url\((?!#)", page) == []
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 7
 
 
 def test_markdown_shows_foreign_text_as_it_is(tmp_path: Path) -> None:
