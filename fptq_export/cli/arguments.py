@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fptq_export import __version__
 from fptq_export.cli.debug_arguments import DEBUG
+from fptq_export.cli.diff_arguments import DIFF
 from fptq_export.cli.eval_arguments import EVAL
 from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
@@ -33,7 +34,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL, DEBUG, REPORT, STATS)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, REPORT, STATS)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\

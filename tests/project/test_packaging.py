@@ -46,6 +46,7 @@ PACKAGES = {
     "fptq_export/cli",
     "fptq_export/cpu",
     "fptq_export/debug",
+    "fptq_export/diff",
     "fptq_export/evaluate",
     "fptq_export/experts",
     "fptq_export/observe",
