@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fptq_export.debug.report import DebugReport
+from fptq_export.diff.report import DiffReport
 from fptq_export.errors import UserError
 from fptq_export.evaluate.report import EvalReport
 from fptq_export.files import read_json_model
@@ -44,6 +45,7 @@ class RunDocuments:
     verified: Verified | None = None
     evaluated: EvalReport | None = None
     debugged: DebugReport | None = None
+    diffed: DiffReport | None = None
     auto: AutoReport | None = None
     costs: CostTable | None = None
     """Measured decode times, where the user gave some."""
@@ -93,6 +95,7 @@ def read_documents(directory: Path, cost_table: Path | None = None) -> RunDocume
         verified=_if_there(files.verify, report_from_file),
         evaluated=_if_there(directory / "eval.json", lambda path: read_json_model(path, EvalReport)),
         debugged=_if_there(directory / "debug.json", lambda path: read_json_model(path, DebugReport)),
+        diffed=_if_there(directory / "diff.json", lambda path: read_json_model(path, DiffReport)),
         auto=_if_there(files.auto, _read_auto),
         costs=read_cost_table(cost_table) if cost_table else _if_there(given, read_cost_table) if given else None,
     )

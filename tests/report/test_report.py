@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fptq_export.diff.options import Thresholds
+from fptq_export.diff.report import CandidateDiff, DiffReport, GreedyFigures, PartFigures, RunRecord
 from fptq_export.errors import UserError
 from fptq_export.files import write_json_model
 from fptq_export.options import RunOptions
@@ -96,6 +98,7 @@ def test_run_without_any_result_names_the_commands(tmp_path: Path) -> None:
     quoted = f"'{run}'"
     assert f"fptq-export verify {quoted}" in named["accuracy"]
     assert f"fptq-export eval {quoted}" in named["accuracy"]
+    assert f"fptq-export diff {quoted}" in named["accuracy"]
     assert f"fptq-export debug {quoted}" in named["layer-error"]
     assert f"fptq-export build {quoted} --engine out.plan" in named["proof"]
     for name in ("summary", "policy", "ranges", "calibration", "cost"):
@@ -219,6 +222,31 @@ def test_measured_layer_errors_replace_the_command(run: Path, report: Report) ->
     tables = {block.id: block for block in found.blocks if isinstance(block, Table)}
     assert len(tables["table-debug"].rows) == 3 * BLOCKS
     assert f"warning: 1 layer worse than the steps of its integers explain: {BAD_LAYER}" in notes(read_documents(run))
+
+
+def test_diff_is_a_table_of_parts(run: Path) -> None:
+    """With diff.json prefill and decode of each candidate are rows, and where greedy text parts is said."""
+    verified = verify_report()
+    part = PartFigures(
+        reference_perplexity=verified.reference_perplexity, candidate_perplexity=verified.candidate_perplexity,
+        perplexity_increase=0.02, logits=verified.logits, top5_agreement=0.99, psnr_db=33.3,
+    )  # fmt: skip
+    record = RunRecord(runs="torch fp32", files={}, seconds=1.0, peak_memory_bytes=1)
+    greedy = GreedyFigures(
+        reference_tokens=(1, 2), candidate_tokens=(1, 3), first_divergence=1, reference_text=None, candidate_text=None
+    )
+    diffed = DiffReport(
+        tool_version="0.1.0", command="fptq-export diff run", environment={}, model="tiny", text="held out",
+        text_sha256="0", windows=1, window_tokens=501, head_tokens=8, decode_steps=1, thresholds=Thresholds(),
+        reference=record, left_out={"tensorrt": "no GPU"},
+        candidates=(CandidateDiff(system="onnx", run=record, prefill=part, decode=part, greedy=greedy),),
+    )  # fmt: skip
+    text = words(accuracy_section(dataclasses.replace(read_documents(run), diffed=diffed)))
+    for name in ("prefill", "decode"):
+        assert f"| onnx | {name} | 7.537 | +2.00 | 0.01 | 0.9900 | 33.3 | 95.0 | 99.0 |" in text
+    assert "Greedy text of onnx parts from the reference's at token 1." in text
+    assert "tensorrt was left out: no GPU" in text
+    assert "fptq-export diff" not in text
 
 
 def test_random_calibration_is_a_warning(tmp_path: Path) -> None:
