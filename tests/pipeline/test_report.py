@@ -15,6 +15,8 @@ def test_report_of_a_finished_run(command: Command, run_copy: Path) -> None:
     text = (run_copy / "report.md").read_text(encoding="utf-8")
     assert "The proof holds" in text
     assert "| model.layers.1.mlp.down_proj |" in text
+    proof = text[text.index("**Every entry of the policy in the engine**") :]
+    assert proof[: proof.index("## ")].count("| model.layers.") == proof[: proof.index("## ")].count(" | proven |") > 0
 
 
 def test_run_ends_with_the_report(command: Command, tiny_llama_dir: Path, finished_run: Path, run_copy: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fptq_export.build.engine_facts import EngineFacts
+from fptq_export.build.proof import Expected, Proof, ProofEntry
 from fptq_export.diff.options import Thresholds
 from fptq_export.diff.report import CandidateDiff, DiffReport, GreedyFigures, PartFigures, RunRecord
 from fptq_export.errors import UserError
@@ -27,7 +29,7 @@ from fptq_export.report.layers import layer_figures, panels_from_layers
 from fptq_export.report.markdown import markdown_from_report
 from fptq_export.report.remarks import FEW_STEPS, remarks
 from fptq_export.report.run import report_from_run, run_report
-from fptq_export.report.run_sections import command_section
+from fptq_export.report.run_sections import command_section, proof_section
 from fptq_export.report.summary_section import summary_section
 from fptq_export.roofline import DEVICES
 from fptq_export.roofline.measured import CostEntry, CostTable
@@ -247,6 +249,24 @@ def test_diff_is_a_table_of_parts(run: Path) -> None:
     assert "Greedy text of onnx parts from the reference's at token 1." in text
     assert "tensorrt was left out: no GPU" in text
     assert "fptq-export diff" not in text
+
+
+def test_broken_proof_is_the_summary(run: Path) -> None:
+    """An engine that runs something else is said first, and each layer's verdict is in the table of the proof."""
+    entry = ProofEntry(
+        layer="q_proj", kind="linear", policy="w4a8 static g64", engine_layers=("gemm 1",), weights="FP16",
+        activation="FP16", verdict="failed", evidence=(),
+    )  # fmt: skip
+    engine = EngineFacts(target="tensorrt-rtx", library_version="1.7", compute_capabilities=("8.9",))
+    proof = Proof(
+        source="the builder's log", policy_sha256="0", engine=engine, expected=Expected(), layers=(entry,),
+        problems=("q_proj was widened",),
+    )  # fmt: skip
+    documents = dataclasses.replace(read_documents(run), proof=proof)
+    assert "The proof does not hold: q_proj was widened." in words(summary_section(documents))
+    text = words(proof_section(documents))
+    assert "| q_proj | w4a8 static g64 | FP16 | FP16 | failed | gemm 1 |" in text
+    assert "**warning** q_proj was widened" in text
 
 
 def test_random_calibration_is_a_warning(tmp_path: Path) -> None:
