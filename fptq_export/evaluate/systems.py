@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from fptq_export.package.manifest import FileRecord, Manifest, record_from_file
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import arrays_path, read_policy
 from fptq_export.sites import read_sites
+from fptq_export.tasks import VLM_DECODER
+from fptq_export.verify.embedding_session import OnnxEmbeddingSession
 from fptq_export.verify.sessions import OnnxCausalSession
 
 __all__ = ["RUNS", "Source", "chosen_systems", "opened_system"]
@@ -54,10 +57,11 @@ class Source:
         if self.directory is None:
             return ()
         run = self.directory
+        embeddings = (run.embeddings,) if self.checkpoint.task == VLM_DECODER else ()
         return {
             "float": (),
             "fake-quant": (run.policy, arrays_path(run.policy), run.sites),
-            "onnx": (run.w4a8, data_path(run.w4a8)),
+            "onnx": (run.w4a8, data_path(run.w4a8), *embeddings),
         }[system]
 
     def problem(self, system: System) -> str | None:
@@ -133,13 +137,17 @@ def opened_system(source: Source, system: System) -> Iterator[LogitsModel]:
     """Load one system; its memory is free again after the block, if nobody keeps the model."""
     try:
         if system == "onnx":
-            (graph, _) = source.files(system)
-            session = OnnxCausalSession(graph, threads=None, name=system, all_logits=True)
-            yield SessionModel(session, source.vocab_size)
+            yield SessionModel(_graph_session(source, system), source.vocab_size)
         else:
             yield SessionModel(TorchCausalSession(_torch_model(source, system), system), source.vocab_size)
     finally:
         gc.collect()
+
+
+def _graph_session(source: Source, system: System) -> OnnxCausalSession:
+    graph, _, *embeddings = source.files(system)
+    open_graph = partial(OnnxEmbeddingSession, graph, *embeddings) if embeddings else partial(OnnxCausalSession, graph)
+    return open_graph(threads=None, name=system, all_logits=True)
 
 
 def _torch_model(source: Source, system: System) -> PreTrainedModel:

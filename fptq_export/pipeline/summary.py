@@ -39,6 +39,7 @@ def _result_table(manifest: Manifest) -> Table:
     table.add_column("value", justify="right")
     for label, value in (
         *_policy_rows(manifest),
+        *_outside_rows(manifest),
         *_form_rows(manifest),
         *_size_rows(manifest),
         *_accuracy_rows(manifest),
@@ -74,6 +75,18 @@ def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     if (effective := record.summary.get("effective_bits")) is not None:
         rows.append(("bits per weight of all linears, 16 where float", f"{effective:.3f}"))
     return rows
+
+
+def _outside_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """Of the language half of a model that sees: what stays in torch, and what calibration did not see."""
+    record = manifest.stages.get("trace")
+    outside = record.summary.get("outside") if record is not None else None
+    if not outside:
+        return []
+    return [
+        ("not part of the graph, stays in float", ", ".join(outside)),
+        ("calibrated and verified on", "embeddings of text, none of images"),
+    ]
 
 
 def _form_rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -214,13 +214,17 @@ class OnnxCausalSession:
         batch, length = input_ids.shape
         positions = np.broadcast_to(np.arange(past_length, past_length + length), (batch, length))
         arrays = {
-            "input_ids": input_ids,
+            **self._tokens_feed(input_ids),
             "attention_mask": np.ones((batch, slots or past_length + length)),
             "position_ids": positions,
             _WRITE_INDICES: np.full(batch, past_length),
             **self._given,
         }
         return {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._signature.ids.items()}
+
+    def _tokens_feed(self, input_ids: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+        """What stands for the tokens among the inputs."""
+        return {"input_ids": input_ids}
 
     def _run(self, feed: Mapping[str, Any], length: int) -> tuple[NDArray[np.float32], OnnxCache]:
         try:
