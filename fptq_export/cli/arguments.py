@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from fptq_export import __version__
 from fptq_export.cli.eval_arguments import EVAL
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
+from fptq_export.cli.stats_arguments import STATS
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
@@ -30,7 +31,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL,)}
+TOOLS = {tool.verb: tool for tool in (EVAL, STATS)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\

@@ -41,6 +41,7 @@ PACKAGES = {
     "calib/text",
     "calib/weights",
     "fptq_export",
+    "fptq_export/activations",
     "fptq_export/build",
     "fptq_export/cli",
     "fptq_export/cpu",
