@@ -43,6 +43,7 @@ __all__ = [
     "name_initializers",
     "quiet",
     "refuse_stacked_weights",
+    "run_with_cache",
     "sample_inputs",
     "sample_past",
     "tied_parameters",
@@ -103,15 +104,23 @@ class _FlatCausalLM(nn.Module):
         past_key_values: list[KeyValue],
     ) -> tuple[torch.Tensor, list[KeyValue]]:
         """Logits [batch, sequence, vocab], and keys and values [batch, heads, total, head_dim] of every layer."""
-        cache = DynamicCache(past_key_values)
-        output = self.wrapped(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.logits, keys_and_values(cache)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return run_with_cache(self.wrapped, inputs, past_key_values)
+
+
+def run_with_cache(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], past_key_values: list[KeyValue]
+) -> tuple[torch.Tensor, list[KeyValue]]:
+    """Logits, and the cache after a call, as plain tensors.
+
+    Args:
+        model: A causal language model.
+        inputs: What it is called with beside the cache.
+        past_key_values: The cache before the call.
+    """
+    cache = DynamicCache(past_key_values)
+    output = model(**inputs, past_key_values=cache, use_cache=True)
+    return output.logits, keys_and_values(cache)
 
 
 def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_code: bool = False) -> TracedModel:

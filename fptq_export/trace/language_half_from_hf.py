@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fptq_export.errors import UserError
@@ -26,11 +26,11 @@ from fptq_export.trace.from_hf import (
     TracedModel,
     computed_buffers,
     graph_with_cache,
-    keys_and_values,
     name_dimensions,
     name_initializers,
     quiet,
     refuse_stacked_weights,
+    run_with_cache,
     sample_inputs,
     sample_past,
     user_errors_from_torch,
@@ -55,15 +55,8 @@ class _FlatLanguageHalf(nn.Module):
         past_key_values: list[KeyValue],
     ) -> tuple[torch.Tensor, list[KeyValue]]:
         """Logits [batch, sequence, vocab], and keys and values [batch, heads, total, head_dim] of every layer."""
-        cache = DynamicCache(past_key_values)
-        output = self.wrapped(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.logits, keys_and_values(cache)
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        return run_with_cache(self.wrapped, inputs, past_key_values)
 
 
 def traced_language_half_from_config(
