@@ -35,7 +35,6 @@ def trace_stage(
     reads_embeddings = checkpoint.task == VLM_DECODER
 
     def run() -> Mapping[str, Any]:
-        from calib.embeddings import write_embeddings
         from fptq_export.trace import trace
 
         sites = trace(
@@ -49,7 +48,10 @@ def trace_stage(
             task=checkpoint.task,
         )
         if reads_embeddings:
-            write_embeddings(checkpoint, options.dtype, directory.embeddings)
+            from calib.embeddings import write_embeddings
+
+            with progress.task("Writing the embeddings", total=None):
+                write_embeddings(checkpoint, options.dtype, directory.embeddings)
         return {"outside": sites.outside} if sites.outside else {}
 
     parts = {
