@@ -1,7 +1,6 @@
 """Seconds that a linear takes for one token: modelled, or looked up in a table that somebody measured.
 
-The model is a roofline of weights read once (`fptq_export.roofline`). A per-token input costs one launch more than a
-static one, the reduction that must end before the first product. Kernels that fuse it cost less.
+The model is a roofline of weights read once (`fptq_export.roofline.decode`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from pathlib import Path
 from calib.auto.candidates import Candidate
 from fptq_export.errors import UserError
 from fptq_export.policy import Activation, Precision
-from fptq_export.roofline.devices import DEVICES, LAUNCH_S, Device
-from fptq_export.roofline.instructions import Scheme
+from fptq_export.roofline.decode import decode_s
+from fptq_export.roofline.devices import DEVICES, Device
 from fptq_export.roofline.measured import read_cost_table
-from fptq_export.roofline.model import Shape, bound_s, time_s
+from fptq_export.roofline.model import Shape
 from fptq_export.sites import Linear
 
 __all__ = ["MODELLED_DEVICE", "DecodeCost", "cost_from_device", "cost_from_table"]
@@ -76,8 +75,4 @@ def _key(linear: Linear, candidate: Candidate) -> _Key:
 
 def _modelled(linear: Linear, candidate: Candidate, device: Device) -> float:
     shape = Shape(linear.out_features, linear.in_features)
-    reduction = LAUNCH_S if candidate.activation == "per_token" else 0.0
-    if candidate.group_size is None:
-        bound = bound_s(shape, 1, device, weight_bytes=1.0 + 4.0 / linear.in_features, activation_bytes=1.0)
-        return bound + LAUNCH_S + reduction  # x is quantized in a launch of its own
-    return time_s(shape, Scheme("group", candidate.group_size), 1, device).total + reduction
+    return decode_s(shape, candidate.precision, candidate.activation, candidate.group_size, device)

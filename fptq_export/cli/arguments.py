@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from fptq_export import __version__
+from fptq_export.cli.debug_arguments import DEBUG
 from fptq_export.cli.eval_arguments import EVAL
+from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
 from fptq_export.cli.stats_arguments import STATS
 from fptq_export.errors import Problem, UserError, UserErrors
@@ -31,7 +33,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL, STATS)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DEBUG, REPORT, STATS)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\
@@ -47,6 +49,7 @@ examples:
   fptq-export checkpoint run/ --checkpoint out/ --checkpoint-per-token     for vLLM
   fptq-export MODEL -o run/ --policy auto --effective-bits 5               choose per layer under a budget
   fptq-export eval run/ --tasks piqa,arc_easy                              what quantization costs
+  fptq-export debug run/                                                   which layer broke
   torchrun --nproc-per-node 4 -m fptq_export MODEL -o run/                 calibrate in four processes
   fptq-export build run/ --engine b8.plan --max-batch-size 8 --max-kv-len 4096
   fptq-export MODEL --engine out.plan --dry-run
@@ -83,6 +86,10 @@ def parser_for_cli() -> argparse.ArgumentParser:
         other.add_argument(
             "--dry-run", action="store_true", help="print what would be done, with sizes, and do nothing"
         )
+        if verb == RUN_VERB:
+            other.add_argument(
+                "--report", action="store_true", help="write report.html and report.md at the end (fptq-export report)"
+            )
     for tool in TOOLS.values():
         parser_of_tool = _add_verb(verbs, tool.verb, tool.help, tool.examples)
         tool.add_options(parser_of_tool)

@@ -9,12 +9,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from fptq_export.cli.arguments import TOOLS, options_from_namespace, parser_for_cli, verb_and_arguments
+from fptq_export.cli.arguments import RUN_VERB, TOOLS, options_from_namespace, parser_for_cli, verb_and_arguments
 from fptq_export.cli.launch import connected, is_first
 from fptq_export.cli.option_names import canonical_arguments
 from fptq_export.errors import AnotherRankError, ExitCode, FptqError, UserError
@@ -23,6 +24,7 @@ from fptq_export.verify.report import ratio_from_option
 
 if TYPE_CHECKING:
     from calib.ranks import Ranks
+    from fptq_export.progress import Progress
 
 __all__ = ["main"]
 
@@ -90,10 +92,27 @@ def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> Exi
     from fptq_export.pipeline.summary import print_summary
     from fptq_export.progress import ConsoleProgress
 
-    progress = ConsoleProgress(console)
+    if given.get("report"):
+        from fptq_export.report.run import check_libraries
+
+        check_libraries()  # before the long work, not after it
+    progress, plain = ConsoleProgress(console), Console(highlight=False)
     for run in runs_from_options(verb, options, progress, ranks):
-        print_summary(run_road(verb, run, command, console, progress, ranks), Console(highlight=False))
+        print_summary(run_road(verb, run, command, console, progress, ranks), plain)
+    if verb == RUN_VERB:
+        _end_with_report(options.output, bool(given.get("report")), plain, progress)
     return ExitCode.OK
+
+
+def _end_with_report(directory: Path, wanted: bool, console: Console, progress: Progress) -> None:
+    """Write the report of a run that asked for one; else say how to get it."""
+    if not wanted:
+        console.print(f"report: {shlex.join(['fptq-export', 'report', str(directory)])}", markup=False, soft_wrap=True)
+        return
+    from fptq_export.report.run import run_report
+
+    for files in run_report(directory, None, None, progress):
+        console.print(f"report: {files.html}", markup=False, soft_wrap=True)
 
 
 def _serve(ranks: Ranks, verbose: bool) -> None:

@@ -7,7 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
+from fptq_export.package.manifest import read_manifest
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from calib.load import Checkpoint
     from calib.lora import Adapter
 
-__all__ = ["RunModels", "merge_stage", "rotate_stage", "weight_files"]
+__all__ = ["RunModels", "merge_stage", "models_of_run", "rotate_stage", "weight_files"]
 
 _GRAPH_DTYPES: Mapping[str, Literal["float16", "bfloat16", "float32"]] = {
     "fp16": "float16",
@@ -120,6 +122,18 @@ class RunModels:
         """Files beside the weights that a copy of the model needs: tokenizer, and code where it is trusted."""
         code = tuple(sorted(self.base.directory.glob("*.py"))) if self._options.trust_remote_code else ()
         return (*self.tokenizer_files, *code)
+
+
+def models_of_run(directory: RunDirectory, progress: Progress) -> RunModels:
+    """The models of a run that was made before.
+
+    Raises:
+        UserError: There is none in the directory.
+    """
+    manifest = read_manifest(directory.path)
+    if manifest is None:
+        raise UserError(str(directory.path), "is not a run directory", "fptq-export trace MODEL -o DIR makes one")
+    return RunModels(manifest.options, directory, progress)
 
 
 def weight_files(checkpoint: Checkpoint) -> tuple[Path, ...]:

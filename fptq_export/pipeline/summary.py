@@ -16,8 +16,9 @@ from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.tasks import is_half
 from fptq_export.verify.encoder_report import EncoderReport, report_from_file
 from fptq_export.verify.graph_report import GraphReport, OutputFigures
+from fptq_export.verify.report import VerifyReport
 
-__all__ = ["print_summary"]
+__all__ = ["accuracy_rows", "engine_rows", "policy_rows", "print_summary"]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -38,18 +39,18 @@ def _result_table(manifest: Manifest) -> Table:
     table.add_column("what")
     table.add_column("value", justify="right")
     for label, value in (
-        *_policy_rows(manifest),
-        *_outside_rows(manifest),
+        *policy_rows(manifest),
         *_form_rows(manifest),
         *_size_rows(manifest),
         *_accuracy_rows(manifest),
-        *_engine_rows(manifest),
+        *engine_rows(manifest),
     ):
         table.add_row(label, value)
     return table
 
 
-def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
+def policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the layers run: label and value; empty where there is no policy yet."""
     record = manifest.stages.get("policy")
     if record is None:
         return []
@@ -74,7 +75,7 @@ def _policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
         rows.append(("bits per quantized weight, scales included", f"{bits:.3f}"))
     if (effective := record.summary.get("effective_bits")) is not None:
         rows.append(("bits per weight of all linears, 16 where float", f"{effective:.3f}"))
-    return rows
+    return rows + _outside_rows(manifest)
 
 
 def _outside_rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -119,9 +120,11 @@ def _size_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _accuracy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     path = RunDirectory(manifest.options.output).verify
-    if "verify" not in manifest.stages or not path.is_file():
-        return []
-    report = report_from_file(path)
+    return accuracy_rows(report_from_file(path)) if "verify" in manifest.stages and path.is_file() else []
+
+
+def accuracy_rows(report: VerifyReport | EncoderReport | GraphReport) -> list[tuple[str, str]]:
+    """What verification measured: label and value."""
     if isinstance(report, EncoderReport):
         return _encoder_rows(report)
     if isinstance(report, GraphReport):
@@ -159,7 +162,8 @@ def _output_row(report: GraphReport, found: OutputFigures) -> tuple[str, str]:
     return f"{label}: cosine, SQNR", f"{found.cosine:.4f}, {sqnr}"
 
 
-def _engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
+def engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the layer list of the engine shows: label and value; empty where none was built."""
     record = manifest.stages.get("build")
     if record is None:
         return []

@@ -26,7 +26,7 @@ from calib.decide import PolicyOptions, decide_policy
 from calib.equalize import closed_form_scale
 from calib.fake_quant import WeightPrecision, applied_policy
 from calib.hessians import hessian_writer, owners_from_sites
-from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
+from calib.load import Checkpoint, model_from_checkpoint, stored_dtype, tokenizer_from_checkpoint
 from calib.observe import HessianSink, observe
 from calib.policy_arrays import policy_arrays
 from calib.precision import DEFAULT_EXCLUDE, excluded_paths
@@ -34,10 +34,11 @@ from calib.session import TorchCausalSession
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import FptqError
+from fptq_export.pipeline.models import models_of_run
+from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import LayerPolicy, Policy
 from fptq_export.progress import ConsoleProgress, Progress
 from fptq_export.sites import Sites, read_sites
-from fptq_export.trace import trace
 from fptq_export.verify.perplexity import Perplexity, nll_from_logits
 
 Arrays = dict[str, NDArray[Any]]
@@ -82,7 +83,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="Hugging Face directory, hub id or .gguf file")
+    parser.add_argument("run", type=Path, help="directory that `fptq-export trace MODEL -o DIR` made")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows (default: 8)")
     parser.add_argument("--seq", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--calib-dataset", default="builtin", help="as fptq-export takes it (default: builtin)")
@@ -92,7 +93,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--signed-scales", action="store_true", help="negative group scales too: plugin only")
     parser.add_argument("--v0", type=float, default=15.0)
     parser.add_argument("--v1", type=float, default=150.0)
-    parser.add_argument("--workdir", type=Path, default=Path("work"), help="kept between runs (default: work)")
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("work"), help="for Hessians, where the weight method needs them"
+    )
     parser.add_argument("--json", type=Path, help="write the table here too")
     return parser.parse_args()
 
@@ -102,12 +105,11 @@ def ablation(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     sizes = Sizes(options.calib_size, options.windows, options.seq)
     if os.environ.get("FPTQ_SAMPLE_QUICK"):
         sizes = Sizes(calib_size=2, windows=1, seq=128)
-    workdir = options.workdir / Path(options.model).name
-    checkpoint = checkpoint_from_model(options.model, workdir=workdir, trust_remote_code=False, progress=progress)
+    run = RunDirectory(options.run)
+    checkpoint, sites = models_of_run(run, progress).quantized, read_sites(run.sites)
     check_checkpoint(checkpoint, progress)
-    sites = traced_sites(checkpoint, workdir, progress)
     model = model_from_checkpoint(checkpoint, torch.float32)
-    stats, hessians = calibrated_stats(checkpoint, workdir, sites, options, sizes, progress)
+    stats, hessians = calibrated_stats(checkpoint, sites, options, sizes, progress)
     rule = PolicyOptions(
         options.v0, options.v1, options.group_size, options.weight_method, signed_scales=options.signed_scales
     )
@@ -139,7 +141,7 @@ def ablation(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
 
 def calibrated_stats(
-    checkpoint: Checkpoint, workdir: Path, sites: Sites, options: argparse.Namespace, sizes: Sizes, progress: Progress
+    checkpoint: Checkpoint, sites: Sites, options: argparse.Namespace, sizes: Sizes, progress: Progress
 ) -> tuple[Stats, Path | None]:
     """Measure the input of every linear but the head; with Hessians where the weight method needs them."""
     paths = [linear.path for linear in sites.linears]
@@ -151,7 +153,7 @@ def calibrated_stats(
     if not WEIGHT_METHODS[options.weight_method].needs_hessian:
         return observe(load, batches, linears, progress), None
     owners = owners_from_sites(sites, linears)
-    path = workdir / "hessians.safetensors"
+    path = options.workdir / "hessians.safetensors"
     with hessian_writer(path, {owner: sites.linear(owner).in_features for owner in set(owners.values())}) as write:
         return observe(load, batches, linears, progress, hessians=HessianSink(owners, write)), path
 
@@ -168,16 +170,6 @@ def figures_from_rows(
             }
             for row in rows
         }
-
-
-def traced_sites(checkpoint: Checkpoint, workdir: Path, progress: Progress) -> Sites:
-    """Find the fold sites, or take them from an earlier run."""
-    path = workdir / "sites.json"
-    if path.is_file():
-        return read_sites(path)
-    workdir.mkdir(parents=True, exist_ok=True)
-    weights = {name: entry.stored for name, entry in checkpoint.tensors.items()}
-    return trace(checkpoint.config, weights, "fp16", workdir / "model.onnx", path, progress)
 
 
 def with_layers(policy: Policy, change: Callable[[LayerPolicy], LayerPolicy]) -> Policy:

@@ -30,25 +30,22 @@ from calib.fake_quant import applied_policy
 from calib.hessians import HESSIANS_FILE, hessian_writer, owners_from_sites
 from calib.load import (
     Checkpoint,
-    checkpoint_from_directory,
-    checkpoint_from_model,
     model_from_checkpoint,
     stored_dtype,
     tokenizer_from_checkpoint,
 )
 from calib.observe import HessianSink, observe
 from calib.precision import DEFAULT_EXCLUDE, excluded_paths
-from calib.rotation import write_rotated
 from calib.session import TorchCausalSession
 from calib.stats import Stats
 from calib.weights import WEIGHT_METHODS
 from fptq_export.errors import FptqError
 from fptq_export.files import write_text
-from fptq_export.pipeline.tokenizer_files import tokenizer_files
+from fptq_export.pipeline.models import models_of_run
+from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import Equalizer, Policy, WeightMethod
 from fptq_export.progress import ConsoleProgress, Progress
 from fptq_export.sites import Sites, read_sites
-from fptq_export.trace import trace
 from fptq_export.verify.perplexity import Perplexity, nll_from_logits
 
 PER_TOKEN = PolicyOptions(v0=0.0, v1=0.0)
@@ -101,15 +98,14 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="Hugging Face directory, hub id or .gguf file")
+    parser.add_argument("run", type=Path, help="directory that `fptq-export trace MODEL -o DIR` made")
     parser.add_argument("--group-size", type=int, default=64, help="input channels a weight scale (default: 64)")
     parser.add_argument("--methods", nargs="+", choices=tuple(WEIGHT_METHODS), default=tuple(WEIGHT_METHODS))
     parser.add_argument("--equalizers", nargs="+", choices=get_args(Equalizer), default=("paper",))
-    parser.add_argument("--rotate", action="store_true", help="rotate the residual stream first")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows (default: 8)")
     parser.add_argument("--seq", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--calib-size", type=int, default=64, help="calibration windows (default: 64)")
-    parser.add_argument("--workdir", type=Path, default=Path("work"), help="kept between runs (default: work)")
+    parser.add_argument("--workdir", type=Path, default=Path("work"), help="for the Hessians (default: work)")
     parser.add_argument(
         "--json", type=Path, default=Path("weight_methods.json"),
         help="the table; rows that it holds already are not measured again (default: weight_methods.json)",
@@ -121,20 +117,15 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Calibrate once, then quantize and measure with every method."""
     if os.environ.get("FPTQ_SAMPLE_QUICK"):
         options.calib_size, options.windows, options.seq, options.methods = 2, 1, 128, ("clip",)
-    workdir = options.workdir / Path(options.model).name
-    checkpoint = checkpoint_from_model(options.model, workdir=workdir, trust_remote_code=False, progress=progress)
+    run = RunDirectory(options.run)
+    checkpoint, sites = models_of_run(run, progress).quantized, read_sites(run.sites)
     check_checkpoint(checkpoint, progress)
-    if options.rotate:
-        workdir /= "rotated"
-        write_rotated(checkpoint, workdir, tokenizer_files(checkpoint.directory), progress)
-        checkpoint = checkpoint_from_directory(workdir, f"{checkpoint.name}, rotated")
-    sites = traced_sites(checkpoint, workdir, progress)
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     sizes = CalibrationOptions(size=options.calib_size, seq=options.seq)
     batches = token_batches(sizes, tokenizer, checkpoint.config.get_text_config().vocab_size)
-    stats = calibrate(checkpoint, sites, batches, workdir / HESSIANS_FILE, progress)
+    stats = calibrate(checkpoint, sites, batches, options.workdir / HESSIANS_FILE, progress)
     setting = Setting(
-        checkpoint, sites, stats, workdir / HESSIANS_FILE, model_from_checkpoint(checkpoint, torch.float32),
+        checkpoint, sites, stats, options.workdir / HESSIANS_FILE, model_from_checkpoint(checkpoint, torch.float32),
         held_out_windows(tokenizer, options.windows, options.seq), options.group_size, progress,
     )  # fmt: skip
     result = {
@@ -241,16 +232,6 @@ def modelopt_figures(setting: Setting, batches: TokenBatches) -> Figures:
     mtq.quantize(model, config, forward_loop)
     seconds = time.monotonic() - started
     return seconds, perplexity(model, setting.windows), None
-
-
-def traced_sites(checkpoint: Checkpoint, workdir: Path, progress: Progress) -> Sites:
-    """Find the fold sites, or take them from an earlier run."""
-    path = workdir / "sites.json"
-    if path.is_file():
-        return read_sites(path)
-    workdir.mkdir(parents=True, exist_ok=True)
-    weights = {name: entry.stored for name, entry in checkpoint.tensors.items()}
-    return trace(checkpoint.config, weights, "fp16", workdir / "model.onnx", path, progress)
 
 
 def table_from_result(result: dict[str, Any]) -> Table:

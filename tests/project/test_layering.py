@@ -28,7 +28,7 @@ LEAVES = frozenset(
         ),
     }
 )
-DRIVERS = frozenset({"__main__", "activations", "cli", "evaluate", "pipeline"})
+DRIVERS = frozenset({"__main__", "activations", "cli", "debug", "evaluate", "pipeline", "report"})
 """May import everything; nothing but drivers may import them."""
 STAGES = frozenset({"build", "observe", "package", "plugin", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"

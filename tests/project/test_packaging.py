@@ -45,12 +45,15 @@ PACKAGES = {
     "fptq_export/build",
     "fptq_export/cli",
     "fptq_export/cpu",
+    "fptq_export/debug",
     "fptq_export/evaluate",
     "fptq_export/experts",
     "fptq_export/observe",
     "fptq_export/package",
     "fptq_export/pipeline",
     "fptq_export/plugin",
+    "fptq_export/report",
+    "fptq_export/report/templates",
     "fptq_export/rewrite",
     "fptq_export/roofline",
     "fptq_export/trace",
@@ -59,10 +62,11 @@ PACKAGES = {
 """Folders with files in the wheel. A new package is added here on purpose."""
 SOURCES = "fptq_export/plugin/sources/"
 """The C++ sources in the wheel."""
-SUFFIXES = {".json", ".py", ".txt", ".typed"}
-"""Kinds of files in our packages: counts of the time model, code, the built-in text, the typing marker."""
+SUFFIXES = {".css", ".j2", ".js", ".json", ".py", ".txt", ".typed"}
+"""Kinds of files in our packages: the page of a report (three of them), counts of the time model, code, the built-in
+text, the typing marker."""
 
-OPTIONAL_IMPORTS = {"matplotlib", "datasets", "jinja2", "lm_eval", "tensorrt", "tensorrt_rtx"}
+OPTIONAL_IMPORTS = {"matplotlib", "datasets", "jinja2", "lm_eval", "markupsafe", "tensorrt", "tensorrt_rtx"}
 """Imported only where an extra installs them."""
 
 
@@ -232,6 +236,12 @@ def test_wheel_holds_every_module_and_no_other_kind_of_file(wheel_names: list[st
     assert {Path(name).suffix for name in packed} <= SUFFIXES
     sources = {str(path.relative_to(ROOT)) for top in ("fptq_export", "calib") for path in (ROOT / top).rglob("*.py")}
     assert {name for name in packed if name.endswith(".py")} == sources
+
+
+def test_wheel_holds_the_page_of_a_report(wheel_names: list[str]) -> None:
+    """Template, style and script are in the wheel: without one of them there is no report."""
+    names = {f"fptq_export/report/templates/report.{kind}" for kind in ("css", "html.j2", "js")}
+    assert names <= set(wheel_names)
 
 
 def test_every_third_party_import_is_declared() -> None:

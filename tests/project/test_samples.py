@@ -18,9 +18,7 @@ SAMPLES = sorted(
 SECTIONS = ("Introduction", "Running the sample", "Files written")
 SECONDS_PER_SAMPLE = 900
 """Finds what hangs. A sample takes two minutes, and several times that where other work shares its cores."""
-TRACED_BEFORE = ("03_weight_methods",)
-"""Samples that find the traced model in their work folder, as in a second run. 02_ablation traces it."""
-QUANTIZED_BEFORE = ("01_quickstart", "04_evaluate")
+QUANTIZED_BEFORE = ("01_quickstart", "02_ablation", "03_weight_methods", "04_evaluate")
 """Samples that find a finished run in `run/`, as in a second run; that of 01_quickstart has its options."""
 ENCODED_BEFORE = ("05_sentence_embeddings",)
 """Samples that find a finished run of the sentence encoder in `run/`."""
@@ -64,12 +62,6 @@ def test_there_is_a_sample() -> None:
     assert SAMPLES != []
 
 
-def seed_work_folder(work: Path, run: Path) -> None:
-    """Leave what an earlier run leaves: the fold sites and the dequantized checkpoint."""
-    shutil.copytree(run / "checkpoint", work / "checkpoint", copy_function=os.link)
-    shutil.copy(run / "sites.json", work)
-
-
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.name)
 def test_sample_has_its_sections_and_a_number(sample: Path) -> None:
     """A reader finds what it shows, how to run it and what it writes."""
@@ -86,8 +78,6 @@ def test_sample_runs_and_writes_what_it_promises(
     """Its commands succeed in a copy of the folder; promised files appear and nothing else does."""
     readme = (sample / "README.md").read_text(encoding="utf-8")
     copy = Path(shutil.copytree(sample, tmp_path / sample.name))
-    if sample.name in TRACED_BEFORE:
-        seed_work_folder(copy / "work" / smollm2_gguf.name, request.getfixturevalue("smollm2_run"))
     if sample.name in QUANTIZED_BEFORE:
         shutil.copytree(request.getfixturevalue("smollm2_run"), copy / "run")
     if sample.name in ENCODED_BEFORE:
