@@ -18,12 +18,13 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from fptq_export.build.builder_log import last_lines_from_log, messages_from_log
-from fptq_export.build.int8_convolutions import Int8Convolution, check_int8_convolutions, is_of_convolution
-from fptq_export.build.int8_layers import check_int8_layers
+from fptq_export.build.findings import refuse_problems
+from fptq_export.build.int8_convolutions import Int8Convolution, check_int8_convolutions
 from fptq_export.build.layer_list import EngineLayer, PrecisionReport, check_layers, layers_from_log
 from fptq_export.build.loader_path import loader_environment
 from fptq_export.build.memory_pools import MEMORY_POOLS
 from fptq_export.build.profiles import Profile, check_profiles, inputs_from_graph
+from fptq_export.build.proof import Expected, find_all
 from fptq_export.build.protocol import Built, Failed, Job, Progressed, event_from_line, line_from_job
 from fptq_export.build.targets import Target, check_target, module_name
 from fptq_export.errors import FptqError, Problem, UserError, UserErrors
@@ -31,7 +32,14 @@ from fptq_export.files import PARTIAL_SUFFIX, atomic_path, user_error_from_os_er
 from fptq_export.graph_io import load_graph
 from fptq_export.progress import Progress, Task
 
-__all__ = ["DEFAULT_COMPUTE_CAPABILITIES", "BuildReport", "BuildRequest", "build_engine"]
+__all__ = [
+    "DEFAULT_COMPUTE_CAPABILITIES",
+    "BuildReport",
+    "BuildRequest",
+    "build_engine",
+    "environment_of_worker",
+    "expected_from_request",
+]
 
 DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """What a TensorRT for RTX engine is built for unless the user says otherwise."""
@@ -114,11 +122,11 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
     with atomic_path(request.engine_path) as partial:
         built = _run_job(_job_from_request(request, partial), request.log_path, progress)
         layers = layers_from_log(request.log_path)
-        profiles = max(1, len(request.profiles))
-        precision = check_layers(layers, request.quantized, profiles, request.plugin, request.fused)
-        others = [layer for layer in layers if not is_of_convolution(layer, request.convolutions)]
-        check_int8_layers(others, request.int8, profiles)
-        in_float = check_int8_convolutions(layers, request.convolutions, profiles)
+        expected = expected_from_request(request)
+        _, problems = find_all(layers, expected)
+        refuse_problems(problems)
+        precision = check_layers(layers, request.quantized, expected.profiles, request.plugin, request.fused)
+        in_float = check_int8_convolutions(layers, request.convolutions, expected.profiles)
     return BuildReport(
         target=request.target,
         library_version=built.library_version,
@@ -130,6 +138,18 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
         precision=precision,
         float_convolutions=in_float,
         warnings=tuple(messages_from_log(request.log_path, "W")),
+    )
+
+
+def expected_from_request(request: BuildRequest) -> Expected:
+    """What the layers of the engine must show."""
+    return Expected(
+        int4=dict(request.quantized),
+        int8=dict(request.int8),
+        convolutions=dict(request.convolutions),
+        plugin=dict(request.plugin),
+        fused=dict(request.fused),
+        profiles=max(1, len(request.profiles)),
     )
 
 
@@ -236,7 +256,7 @@ def _outcome_of_worker(job: Job, log: BinaryIO, task: Task, loader: Mapping[str,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env={**_environment(), **loader},
+        env={**environment_of_worker(), **loader},
         # Ctrl-C goes to this process alone, which then ends the worker: TensorRT aborts when a callback raises.
         start_new_session=True,
     )
@@ -268,7 +288,7 @@ def _send_job(process: subprocess.Popen[bytes], job: Job) -> None:
             process.stdin.close()
 
 
-def _environment() -> dict[str, str]:
+def environment_of_worker() -> dict[str, str]:
     """This process's environment, with this package importable and the working directory not searched for modules."""
     package_root = str(Path(__file__).resolve().parents[2])
     search = [package_root, os.environ.get("PYTHONPATH", "")]

@@ -19,10 +19,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from fptq_export.build.findings import Findings, PrecisionProblem, refuse_problems
 from fptq_export.build.layer_list import EngineLayer
-from fptq_export.errors import PrecisionError
 
-__all__ = ["Int8Convolution", "check_int8_convolutions", "is_of_convolution"]
+__all__ = ["Int8Convolution", "check_int8_convolutions", "find_int8_convolutions", "is_of_convolution"]
 
 _INT8 = "Int8"
 _GENERATED = "kgen"
@@ -73,14 +73,26 @@ def check_int8_convolutions(
     Raises:
         PrecisionError: Naming every convolution that is missing, doubled, of another size, or computed in float.
     """
+    found = find_int8_convolutions(layers, convolutions, profiles)
+    refuse_problems(found.problems)
+    in_float = {path for path, holders in found.holders.items() for layer in holders if not _reads_int8(layer)}
+    return tuple(path for path in convolutions if path in in_float)
+
+
+def find_int8_convolutions(
+    layers: Sequence[EngineLayer], convolutions: Mapping[str, Int8Convolution], profiles: int
+) -> Findings:
+    """Who holds the codes of each convolution, and what is wrong with that.
+
+    Arguments as of `check_int8_convolutions`.
+    """
     holders: dict[str, list[EngineLayer]] = {path: [] for path in convolutions}
-    in_float: dict[str, None] = {}
-    problems: list[str] = []
+    problems: list[PrecisionProblem] = []
     for layer in layers:
         if not _int8_constants(layer) or not is_of_convolution(layer, convolutions):
             continue
         multiplied, dequantized = (_named(layer, names, convolutions) for names in (_CONVOLUTION, _DEQUANTIZE))
-        reads, writes = (any(item.datatype == _INT8 for item in side) for side in (layer.inputs, layer.outputs))
+        reads, writes = _reads_int8(layer), any(item.datatype == _INT8 for item in layer.outputs)
         if writes and (not reads or layer.type == _GENERATED):
             continue  # it makes an input and pads its channels
         owners = multiplied if reads else dequantized
@@ -90,15 +102,16 @@ def check_int8_convolutions(
             problems += _size_problems(layer, owners, convolutions)
         else:
             problems += _float_problems(layer, owners, convolutions)
-            in_float.update(dict.fromkeys(owners))
     for path, found in holders.items():
         if len(found) != profiles:
             names = ", ".join(layer.name for layer in found) or _where_instead(path, layers)
-            problems.append(f"{path}: {len(found)} layers hold its INT8 codes, {profiles} expected ({names})")
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise PrecisionError(f"the engine does not run what the policy says, so it is not published:{lines}")
-    return tuple(in_float)
+            text = f"{path}: {len(found)} layers hold its INT8 codes, {profiles} expected ({names})"
+            problems.append(PrecisionProblem((path,), text))
+    return Findings(holders, problems)
+
+
+def _reads_int8(layer: EngineLayer) -> bool:
+    return any(tensor.datatype == _INT8 for tensor in layer.inputs)
 
 
 def _int8_constants(layer: EngineLayer) -> list[int]:
@@ -112,7 +125,9 @@ def _named(layer: EngineLayer, pattern: re.Pattern[str], convolutions: Collectio
     return [path for path in paths if path in convolutions]
 
 
-def _size_problems(layer: EngineLayer, owners: Sequence[str], convolutions: Mapping[str, Int8Convolution]) -> list[str]:
+def _size_problems(
+    layer: EngineLayer, owners: Sequence[str], convolutions: Mapping[str, Int8Convolution]
+) -> list[PrecisionProblem]:
     held = sum(_int8_constants(layer))
     allowed = {
         sum(convolutions[path].codes for path in owners),
@@ -120,16 +135,18 @@ def _size_problems(layer: EngineLayer, owners: Sequence[str], convolutions: Mapp
     }
     if held in allowed:
         return []
-    return [f"{', '.join(owners)}: layer {layer.name} holds {held} INT8 codes, {max(allowed)} expected"]
+    text = f"{', '.join(owners)}: layer {layer.name} holds {held} INT8 codes, {max(allowed)} expected"
+    return [PrecisionProblem(tuple(owners), text)]
 
 
 def _float_problems(
     layer: EngineLayer, owners: Sequence[str], convolutions: Mapping[str, Int8Convolution]
-) -> list[str]:
+) -> list[PrecisionProblem]:
     """Codes that do not meet INT8: those of a transposed convolution may be dequantized alone, no others may."""
     if layer.inputs or not owners or not all(convolutions[path].transposed for path in owners):
         whose = ", ".join(owners) or "unknown convolution"
-        return [f"{whose}: layer {layer.name} ({layer.type}) multiplies its INT8 codes in float, INT8 expected"]
+        text = f"{whose}: layer {layer.name} ({layer.type}) multiplies its INT8 codes in float, INT8 expected"
+        return [PrecisionProblem(tuple(owners), text)]
     return _size_problems(layer, owners, convolutions)
 
 

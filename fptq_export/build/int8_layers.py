@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from fptq_export.build.findings import Findings, PrecisionProblem, refuse_problems
 from fptq_export.build.layer_list import EngineLayer
-from fptq_export.errors import PrecisionError
 
-__all__ = ["check_int8_layers"]
+__all__ = ["check_int8_layers", "find_int8_linears"]
 
 _INT8 = "Int8"
 _INDICES = frozenset({"Int32", "Int64"})
@@ -36,8 +36,13 @@ def check_int8_layers(layers: Sequence[EngineLayer], int8: Mapping[str, int], pr
     Raises:
         PrecisionError: Naming every linear that is missing, doubled, of another size, or multiplied by a float input.
     """
+    refuse_problems(find_int8_linears(layers, int8, profiles).problems)
+
+
+def find_int8_linears(layers: Sequence[EngineLayer], int8: Mapping[str, int], profiles: int) -> Findings:
+    """Who holds the INT8 codes of each linear, and what is wrong with that. Arguments as of `check_int8_layers`."""
     holders: dict[str, list[EngineLayer]] = {path: [] for path in int8}
-    problems: list[str] = []
+    problems: list[PrecisionProblem] = []
     for layer in layers:
         if _int8_codes(layer) and not _only_looks_up(layer):
             owners = _owners(layer, int8)
@@ -46,13 +51,13 @@ def check_int8_layers(layers: Sequence[EngineLayer], int8: Mapping[str, int], pr
             problems += _layer_problems(layer, owners, int8)
     for path, found in holders.items():
         if not found:
-            problems.append(f"{path}: no layer holds its INT8 codes; {_where_instead(path, layers)}")
+            text = f"{path}: no layer holds its INT8 codes; {_where_instead(path, layers)}"
+            problems.append(PrecisionProblem((path,), text))
         elif len(found) != profiles:
             names = ", ".join(layer.name for layer in found)
-            problems.append(f"{path}: {len(found)} layers hold its INT8 codes, {profiles} expected ({names})")
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise PrecisionError(f"the engine does not run what the policy says, so it is not published:{lines}")
+            text = f"{path}: {len(found)} layers hold its INT8 codes, {profiles} expected ({names})"
+            problems.append(PrecisionProblem((path,), text))
+    return Findings(holders, problems)
 
 
 def _int8_codes(layer: EngineLayer) -> int:
@@ -75,14 +80,16 @@ def _matmuls(layer: EngineLayer) -> list[str]:
     return list(dict.fromkeys(match["path"] for match in matches if match is not None))
 
 
-def _layer_problems(layer: EngineLayer, owners: Sequence[str], int8: Mapping[str, int]) -> Iterator[str]:
+def _layer_problems(layer: EngineLayer, owners: Sequence[str], int8: Mapping[str, int]) -> Iterator[PrecisionProblem]:
     whose = ", ".join(owners) or "no linear of the policy"
     expected = sum(int8[path] for path in owners)
     if _int8_codes(layer) != expected:
-        yield f"{whose}: layer {layer.name} holds {_int8_codes(layer)} INT8 codes, {expected} expected"
+        text = f"{whose}: layer {layer.name} holds {_int8_codes(layer)} INT8 codes, {expected} expected"
+        yield PrecisionProblem(tuple(owners), text)
     if owners and not any(tensor.datatype == _INT8 for tensor in layer.inputs):
         kinds = ", ".join(tensor.datatype for tensor in layer.inputs) or "nothing"
-        yield f"{whose}: layer {layer.name} multiplies its INT8 codes by {kinds}, INT8 expected"
+        text = f"{whose}: layer {layer.name} multiplies its INT8 codes by {kinds}, INT8 expected"
+        yield PrecisionProblem(tuple(owners), text)
 
 
 def _where_instead(path: str, layers: Sequence[EngineLayer]) -> str:

@@ -26,9 +26,19 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from fptq_export.build.findings import Findings, PrecisionProblem, refuse_problems
 from fptq_export.errors import PrecisionError
 
-__all__ = ["EngineLayer", "EngineTensor", "PrecisionReport", "check_layers", "layers_from_log"]
+__all__ = [
+    "EngineLayer",
+    "EngineTensor",
+    "PrecisionReport",
+    "check_layers",
+    "find_int4_linears",
+    "layers_from_log",
+    "layers_from_text",
+    "names_matmul",
+]
 
 _INT4 = "Int4"
 _INT8 = "Int8"
@@ -112,18 +122,27 @@ def layers_from_log(log_path: Path) -> tuple[EngineLayer, ...]:
     Raises:
         PrecisionError: The log has no layer list, or one in a form that is not understood; nothing is proven then.
     """
+    with log_path.open(encoding="utf-8", errors="replace") as lines:
+        return layers_from_text(lines, str(log_path))
+
+
+def layers_from_text(lines: Iterable[str], where: str) -> tuple[EngineLayer, ...]:
+    """Read the layers from the lines of a log, or of what an engine inspector prints, which has the same form.
+
+    Raises:
+        PrecisionError: As `layers_from_log`; `where` is where the lines come from.
+    """
     layers = []
     listing = found = False
-    with log_path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if re.fullmatch(r"(\[\w\] )?Layers:\s*", line):
-                listing = found = True
-            elif listing and not line.startswith("Name: "):
-                listing = False
-            elif listing:
-                layers.append(_layer_from_line(line.rstrip("\n"), log_path))
+    for line in lines:
+        if re.fullmatch(r"(\[\w\] )?Layers:\s*", line):
+            listing = found = True
+        elif listing and not line.startswith("Name: "):
+            listing = False
+        elif listing:
+            layers.append(_layer_from_line(line.rstrip("\n"), where))
     if not found:
-        raise PrecisionError(f"{log_path}: the builder listed no layers, so the precision of the engine is not proven")
+        raise PrecisionError(f"{where}: the builder listed no layers, so the precision of the engine is not proven")
     return tuple(layers)
 
 
@@ -149,32 +168,16 @@ def check_layers(
             what must run it, and every INT4 constant that belongs to no linear of the policy.
     """
     plugin, fused = plugin or {}, fused or {}
-    holders: dict[str, list[EngineLayer]] = {path: [] for path in quantized}
-    problems: list[str] = []
-    for layer in layers:
-        if layer.int4_codes:
-            owners = _owners(layer, quantized, layers)
-            for path in owners:
-                holders[path].append(layer)
-            problems += [*_size_problems(layer, owners, quantized), *_unpacking_problems(layer, owners, layers)]
-    for path, found in holders.items():
-        if not found:
-            problems.append(f"{path}: no layer holds its INT4 codes; {_where_instead(path, layers)}")
-        elif len(found) != profiles:
-            names = ", ".join(layer.name for layer in found)
-            problems.append(f"{path}: {len(found)} layers hold its INT4 codes, {profiles} expected ({names})")
-        problems += [problem for layer in found for problem in _plugin_problems(layer, path, plugin.get(path))]
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise PrecisionError(f"the engine does not run what the policy says, so it is not published:{lines}")
+    found = find_int4_linears(layers, quantized, profiles, plugin)
+    refuse_problems(found.problems)
     return PrecisionReport(
         quantized_linears=sum(len(fused.get(path, (path,))) for path in quantized),
         int4_constants=sum(constant.datatype == _INT4 for layer in layers for constant in layer.constants),
         int4_codes=sum(quantized.values()),
         unfused=tuple(
             path
-            for path, found in holders.items()
-            if path not in plugin and not all(_names_matmul(layer, path) for layer in found)
+            for path, holders in found.holders.items()
+            if path not in plugin and not all(names_matmul(layer, path) for layer in holders)
         ),
         layers_by_type=dict(sorted(Counter(layer.type for layer in layers).items())),
         profiles=profiles,
@@ -183,10 +186,34 @@ def check_layers(
     )
 
 
-def _layer_from_line(line: str, log_path: Path) -> EngineLayer:
+def find_int4_linears(
+    layers: Sequence[EngineLayer], quantized: Mapping[str, int], profiles: int, plugin: Mapping[str, str]
+) -> Findings:
+    """Who holds the INT4 codes of each linear, and what is wrong with that. Arguments as of `check_layers`."""
+    holders: dict[str, list[EngineLayer]] = {path: [] for path in quantized}
+    problems: list[PrecisionProblem] = []
+    for layer in layers:
+        if layer.int4_codes:
+            owners = _owners(layer, quantized, layers)
+            for path in owners:
+                holders[path].append(layer)
+            problems += [*_size_problems(layer, owners, quantized), *_unpacking_problems(layer, owners, layers)]
+    for path, found in holders.items():
+        if not found:
+            text = f"{path}: no layer holds its INT4 codes; {_where_instead(path, layers)}"
+            problems.append(PrecisionProblem((path,), text))
+        elif len(found) != profiles:
+            names = ", ".join(layer.name for layer in found)
+            text = f"{path}: {len(found)} layers hold its INT4 codes, {profiles} expected ({names})"
+            problems.append(PrecisionProblem((path,), text))
+        problems += [problem for layer in found for problem in _plugin_problems(layer, path, plugin.get(path))]
+    return Findings(holders, problems)
+
+
+def _layer_from_line(line: str, where: str) -> EngineLayer:
     match = _LAYER.fullmatch(line)
     if match is None:
-        raise PrecisionError(f"{log_path}: cannot read this layer, so nothing is proven: {line[:200]}")
+        raise PrecisionError(f"{where}: cannot read this layer, so nothing is proven: {line[:200]}")
     tactic = _TACTIC.search(match["rest"])
     _, _, metadata = match["rest"].partition(", Metadata: ")
     return EngineLayer(
@@ -237,49 +264,55 @@ def _paths(nodes: Iterable[str], operator: re.Pattern[str]) -> list[str]:
     return [path for path, _, op_type in split if operator.fullmatch(op_type)]
 
 
-def _names_matmul(layer: EngineLayer, path: str) -> bool:
+def names_matmul(layer: EngineLayer, path: str) -> bool:
+    """Whether a layer computes the product of a linear."""
     return path in _paths(layer.onnx_nodes, _MATMUL)
 
 
-def _size_problems(layer: EngineLayer, owners: Sequence[str], quantized: Mapping[str, int]) -> list[str]:
+def _size_problems(layer: EngineLayer, owners: Sequence[str], quantized: Mapping[str, int]) -> list[PrecisionProblem]:
     """INT4 codes that are not those of the layer's linears."""
     expected = sum(quantized[path] for path in owners)
     if layer.int4_codes == expected:
         return []
     whose = ", ".join(owners) or "no linear of the policy"
-    return [f"{whose}: layer {layer.name} holds {layer.int4_codes} INT4 codes, {expected} expected"]
+    text = f"{whose}: layer {layer.name} holds {layer.int4_codes} INT4 codes, {expected} expected"
+    return [PrecisionProblem(tuple(owners), text)]
 
 
-def _plugin_problems(layer: EngineLayer, path: str, operator: str | None) -> list[str]:
+def _plugin_problems(layer: EngineLayer, path: str, operator: str | None) -> list[PrecisionProblem]:
     """A linear in the plugin that belongs elsewhere, the reverse, or in the plugin's other mode."""
     runs_plugin = layer.type in _PLUGIN_TYPES
     if operator is None:
-        return [f"{path}: the plugin runs it in layer {layer.name}, natively expected"] if runs_plugin else []
+        text = f"{path}: the plugin runs it in layer {layer.name}, natively expected"
+        return [PrecisionProblem((path,), text)] if runs_plugin else []
     if not runs_plugin or f"{path}/{operator}" not in layer.onnx_nodes:
-        return [f"{path}: layer {layer.name} ({layer.type}) runs it, {operator} of the plugin expected"]
+        text = f"{path}: layer {layer.name} ({layer.type}) runs it, {operator} of the plugin expected"
+        return [PrecisionProblem((path,), text)]
     return []
 
 
-def _unpacking_problems(layer: EngineLayer, owners: Sequence[str], layers: Sequence[EngineLayer]) -> list[str]:
+def _unpacking_problems(
+    layer: EngineLayer, owners: Sequence[str], layers: Sequence[EngineLayer]
+) -> list[PrecisionProblem]:
     """INT4 codes on their way into an INT8 GEMM, where block scales cannot be applied inside the sum."""
     whose = ", ".join(owners) or "unknown linear"
     if not layer.inputs and any(output.datatype == _INT8 for output in layer.outputs):
         written = {output.name for output in layer.outputs}
         readers = [other.name for other in layers if written & {tensor.name for tensor in other.inputs}]
         chain = f"layer {layer.name} unpacks its INT4 codes to INT8 for {', '.join(readers) or 'another layer'}"
-        return [f"{whose}: {chain}, which sums over all groups before their scales are applied"]
+        text = f"{whose}: {chain}, which sums over all groups before their scales are applied"
+        return [PrecisionProblem(tuple(owners), text)]
     # Linears that share their input share its barrier, under the name of one of them.
     if any(tensor.datatype == _INT8 for tensor in layer.inputs) and not _paths(layer.onnx_nodes, _BARRIER):
-        return [
-            f"{whose}: layer {layer.name} multiplies INT4 codes by INT8 activations without the barrier between them"
-        ]
+        text = f"{whose}: layer {layer.name} multiplies INT4 codes by INT8 activations without the barrier between them"
+        return [PrecisionProblem(tuple(owners), text)]
     return []
 
 
 def _where_instead(path: str, layers: Sequence[EngineLayer]) -> str:
     """What runs a linear that has lost its INT4 constant."""
     for layer in layers:
-        if _names_matmul(layer, path):
+        if names_matmul(layer, path):
             kinds = ", ".join(f"{constant.datatype} {list(constant.dims)}" for constant in layer.constants)
             return f"its MatMul is in layer {layer.name} ({layer.type}) with constants {kinds or 'none'}"
     return "no layer names its MatMul"

@@ -10,7 +10,7 @@ from enum import Enum
 
 from fptq_export.errors import UserError
 
-__all__ = ["Target", "check_target", "module_name", "target_from_option", "visible_gpus"]
+__all__ = ["Target", "check_target", "is_installed", "module_name", "target_from_option", "visible_gpus"]
 
 
 class Target(str, Enum):
@@ -60,7 +60,7 @@ def target_from_option(requested: str | None) -> Target:
         UserError: The name is unknown.
     """
     if requested is None:
-        usable = _is_installed(Target.TENSORRT) and visible_gpus() > 0
+        usable = is_installed(Target.TENSORRT) and visible_gpus() > 0
         return Target.TENSORRT if usable else Target.TENSORRT_RTX
     try:
         return Target(requested.strip().lower().replace("_", "-"))
@@ -82,14 +82,14 @@ def check_target(target: Target) -> None:
     if target is Target.TENSORRT_RTX and machine not in _RTX_PLATFORMS:
         cause = f"TensorRT for RTX has no wheel for {machine[0]} on {machine[1]}, only for x86-64 Linux and Windows"
         raise UserError(where, cause, "build there, or write the portable graph with --target onnx")
-    if not _is_installed(target):
+    if not is_installed(target):
         raise UserError(where, f"the Python package {_MODULES[target]} is not installed", _INSTALL[target])
     if target is Target.TENSORRT and visible_gpus() == 0:
         cause = "TensorRT builds on the GPU it will run on, and no GPU is visible"
         raise UserError(where, cause, "run on a machine with an NVIDIA GPU, or choose --target tensorrt-rtx")
 
 
-def _is_installed(target: Target) -> bool:
+def is_installed(target: Target) -> bool:
     """Whether the module exists; a bare directory of that name on the path has no origin and does not count."""
     spec = importlib.util.find_spec(_MODULES[target])
     return spec is not None and spec.origin is not None

@@ -15,20 +15,19 @@ from rich.console import Console
 
 from calib.batches import TextOptions, TokenBatches, evaluation_batches
 from calib.checks import check_checkpoint
-from calib.load import checkpoint_from_model, tokenizer_from_checkpoint
+from calib.load import tokenizer_from_checkpoint
 from fptq_export import __version__
 from fptq_export.errors import UserError
 from fptq_export.evaluate.models import LogitsModel, perplexity_from_windows
 from fptq_export.evaluate.options import EvalOptions, System
 from fptq_export.evaluate.report import EvalReport, SystemRecord, TextResult
-from fptq_export.evaluate.systems import RUNS, Source, chosen_systems, opened_system
+from fptq_export.evaluate.systems import RUNS, Source, chosen_systems, opened_system, source_from_option
 from fptq_export.files import write_json_model
 from fptq_export.memory import PeakMemory
-from fptq_export.package.manifest import Manifest, read_manifest
+from fptq_export.package.manifest import read_manifest
 from fptq_export.pipeline.environment import environment
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.progress import Progress
-from fptq_export.tasks import ENCODER, is_half
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +77,7 @@ def run_eval(options: EvalOptions, command: str, console: Console, progress: Pro
         run = Path(options.source)
         if _is_run(run) and run.resolve() != output.path.resolve():
             stack.enter_context(RunDirectory(run).locked())
-        source = _source(options, output.path, progress)
+        source = source_from_option(options.source, output.path, options.trust_remote_code, progress)
         systems, left_out = chosen_systems(source, options.systems)
         for system, why in left_out.items():
             if source.directory is not None:
@@ -101,32 +100,6 @@ def _output_directory(options: EvalOptions) -> RunDirectory:
         return RunDirectory(options.output)
     source = Path(options.source)
     return RunDirectory(source if _is_run(source) else Path(f"{source.stem}-eval"))
-
-
-def _source(options: EvalOptions, workdir: Path, progress: Progress) -> Source:
-    """Open the model. A GGUF file is dequantized into the run directory, or below the output."""
-    directory = Path(options.source)
-    manifest = read_manifest(directory)
-    remote = options.trust_remote_code or (manifest is not None and manifest.options.trust_remote_code)
-    if manifest is not None and is_half(manifest.options.task):
-        cause = "is a half of an encoder-decoder, and perplexity of text is measured of language models"
-        raise UserError(options.source, cause, "fptq-export verify DIR compares it with the FP32 model")
-    checkpoint = checkpoint_from_model(
-        options.source if manifest is None else _model_of_run(manifest, directory),
-        workdir=workdir if manifest is None else directory,
-        trust_remote_code=remote,
-        progress=progress,
-    )
-    if checkpoint.task == ENCODER:
-        cause = "is an encoder, which predicts no next token"
-        raise UserError(options.source, cause, "fptq-export verify DIR compares encoders")
-    run = None if manifest is None else RunDirectory(directory)
-    return Source(checkpoint, checkpoint.config.get_text_config().vocab_size, run, manifest)
-
-
-def _model_of_run(manifest: Manifest, directory: Path) -> str:
-    """The float model that a run quantized: with its adapter, where it has one."""
-    return manifest.options.model if manifest.options.adapter is None else str(RunDirectory(directory).merged)
 
 
 def _work(source: Source, options: EvalOptions, systems: tuple[System, ...], progress: Progress) -> _Work:

@@ -14,21 +14,22 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from calib.fake_quant import apply_policy
-from calib.load import Checkpoint, model_from_checkpoint
+from calib.load import Checkpoint, checkpoint_from_model, model_from_checkpoint
 from calib.session import TorchCausalSession
 from fptq_export.errors import UserError
 from fptq_export.evaluate.models import LogitsModel, SessionModel
 from fptq_export.evaluate.options import SYSTEMS, System
 from fptq_export.graph_io import data_path
-from fptq_export.package.manifest import FileRecord, Manifest, record_from_file
+from fptq_export.package.manifest import FileRecord, Manifest, read_manifest, record_from_file
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import arrays_path, read_policy
+from fptq_export.progress import Progress
 from fptq_export.sites import read_sites
-from fptq_export.tasks import VLM_DECODER
+from fptq_export.tasks import ENCODER, VLM_DECODER, is_half
 from fptq_export.verify.embedding_session import OnnxEmbeddingSession
-from fptq_export.verify.sessions import OnnxCausalSession
+from fptq_export.verify.sessions import CausalSession, OnnxCausalSession
 
-__all__ = ["RUNS", "Source", "chosen_systems", "opened_system"]
+__all__ = ["RUNS", "Source", "chosen_systems", "opened_session", "opened_system", "source_from_option"]
 
 RUNS: Mapping[System, str] = {
     "float": "torch, FP32",
@@ -91,6 +92,42 @@ class Source:
         return {name: _checked_hash(known.get(name), name, self.directory.path) for name in names}
 
 
+def source_from_option(source: str, workdir: Path, trust_remote_code: bool, progress: Progress) -> Source:
+    """Open a run directory or a model.
+
+    Args:
+        source: The directory of a run; else a model as the road takes it.
+        workdir: Below it a GGUF file is dequantized, where `source` is no run directory.
+        trust_remote_code: Whether code that comes with the model may run; a run that allowed it did so for good.
+        progress: Where long work reports.
+
+    Raises:
+        UserError: It cannot be opened, or predicts no next token.
+    """
+    directory = Path(source)
+    manifest = read_manifest(directory)
+    remote = trust_remote_code or (manifest is not None and manifest.options.trust_remote_code)
+    if manifest is not None and is_half(manifest.options.task):
+        cause = "is a half of an encoder-decoder, and perplexity of text is measured of language models"
+        raise UserError(source, cause, "fptq-export verify DIR compares it with the FP32 model")
+    checkpoint = checkpoint_from_model(
+        source if manifest is None else _model_of_run(manifest, directory),
+        workdir=workdir if manifest is None else directory,
+        trust_remote_code=remote,
+        progress=progress,
+    )
+    if checkpoint.task == ENCODER:
+        cause = "is an encoder, which predicts no next token"
+        raise UserError(source, cause, "fptq-export verify DIR compares encoders")
+    run = None if manifest is None else RunDirectory(directory)
+    return Source(checkpoint, checkpoint.config.get_text_config().vocab_size, run, manifest)
+
+
+def _model_of_run(manifest: Manifest, directory: Path) -> str:
+    """The float model that a run quantized: with its adapter, where it has one."""
+    return manifest.options.model if manifest.options.adapter is None else str(RunDirectory(directory).merged)
+
+
 def _records(manifest: Manifest) -> dict[str, FileRecord]:
     """What the stages read, then what they wrote: an output's record is the newer one."""
     stages = manifest.stages.values()
@@ -135,11 +172,26 @@ def chosen_systems(source: Source, wanted: tuple[System, ...] | None) -> tuple[t
 @contextmanager
 def opened_system(source: Source, system: System) -> Iterator[LogitsModel]:
     """Load one system; its memory is free again after the block, if nobody keeps the model."""
+    with opened_session(source, system) as session:
+        yield SessionModel(session, source.vocab_size)
+        # The context below ends with the last reference to the session, so that its memory is free.
+        del session
+
+
+@contextmanager
+def opened_session(source: Source, system: System, dtype: torch.dtype = torch.float32) -> Iterator[CausalSession]:
+    """Load one system with its cache; its memory is free again after the block, if nobody keeps the session.
+
+    Args:
+        source: The model and its run.
+        system: What to open.
+        dtype: Of a torch model.
+    """
     try:
         if system == "onnx":
-            yield SessionModel(_graph_session(source, system), source.vocab_size)
+            yield _graph_session(source, system)
         else:
-            yield SessionModel(TorchCausalSession(_torch_model(source, system), system), source.vocab_size)
+            yield TorchCausalSession(_torch_model(source, system, dtype), system)
     finally:
         gc.collect()
 
@@ -150,8 +202,8 @@ def _graph_session(source: Source, system: System) -> OnnxCausalSession:
     return open_graph(threads=None, name=system, all_logits=True)
 
 
-def _torch_model(source: Source, system: System) -> PreTrainedModel:
-    model = model_from_checkpoint(source.checkpoint, torch.float32)
+def _torch_model(source: Source, system: System, dtype: torch.dtype) -> PreTrainedModel:
+    model = model_from_checkpoint(source.checkpoint, dtype)
     if system == "fake-quant":
         policy, arrays, sites = source.files(system)
         apply_policy(model, read_policy(policy), load_file(arrays), read_sites(sites))

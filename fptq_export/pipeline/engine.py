@@ -8,7 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from fptq_export.build.engine import BuildReport, BuildRequest, build_engine
+from fptq_export.build.engine import BuildReport, BuildRequest, build_engine, expected_from_request
+from fptq_export.build.engine_facts import EngineFacts, PluginFacts, ranges_from_profiles
+from fptq_export.build.gpus import driver_of_machine
 from fptq_export.build.int8_convolutions import Int8Convolution
 from fptq_export.build.memory_pools import mem_pools_from_option
 from fptq_export.build.profiles import (
@@ -19,13 +21,15 @@ from fptq_export.build.profiles import (
     profile_for_inputs,
     shapes_from_option,
 )
+from fptq_export.build.proof import Proof, proof_from_layers
 from fptq_export.build.targets import Target
-from fptq_export.files import PARTIAL_SUFFIX
+from fptq_export.files import PARTIAL_SUFFIX, sha256_from_file, write_json_model
 from fptq_export.options import RunOptions
 from fptq_export.packing import padded_shape
 from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.task_options import check_cache, check_length
+from fptq_export.plugin import plugin_info
 from fptq_export.policy import LayerPolicy, Policy, read_policy
 from fptq_export.progress import Progress
 from fptq_export.rewrite import Lowered, lower_for_plugin, lower_for_tensorrt
@@ -68,13 +72,60 @@ def build(
             plugin_library=next(iter(libraries), None),
         )
         report = build_engine(request, progress)
-    return _summary(report, lowered, policy)
+    proof = _proof(report, request, policy, sites, directory)
+    write_json_model(proof, directory.proof)
+    return _summary(report, lowered, policy, proof)
 
 
-def _summary(report: BuildReport, lowered: Lowered, policy: Policy) -> dict[str, Any]:
+def _proof(report: BuildReport, request: BuildRequest, policy: Policy, sites: Sites, directory: RunDirectory) -> Proof:
+    """Every entry of the policy, matched to the layers of the engine that was just published."""
+    return proof_from_layers(
+        report.layers,
+        expected_from_request(request),
+        policy,
+        {item.path: item.node for item in sites.linears} | {item.path: item.node for item in sites.convolutions},
+        source=directory.build_log.name,
+        policy_sha256=sha256_from_file(directory.policy),
+        engine=_facts(report, request),
+    )
+
+
+def _facts(report: BuildReport, request: BuildRequest) -> EngineFacts:
+    return EngineFacts(
+        target=str(report.target),
+        library_version=report.library_version,
+        compute_capabilities=report.compute_capabilities or _gpu_of_build(report.target),
+        profiles=ranges_from_profiles(request.profiles),
+        plugin_layers=report.precision.plugin_layers,
+        plugin=_plugin_facts(request.plugin_library) if report.precision.plugin_layers else None,
+    )
+
+
+def _gpu_of_build(target: Target) -> tuple[str, ...]:
+    """TensorRT builds for the first GPU of the machine, and says nothing about it."""
+    gpus = driver_of_machine().gpus if target is Target.TENSORRT else ()
+    return tuple(gpu.compute_capability for gpu in gpus[:1])
+
+
+def _plugin_facts(library: Path | None) -> PluginFacts | None:
+    if library is None:
+        return None
+    info = plugin_info(library)
+    return PluginFacts(
+        version=info.version,
+        layout_version=info.layout_version,
+        architectures=info.architectures,
+        tensorrt_headers=info.tensorrt_headers,
+        sha256=sha256_from_file(library),
+    )
+
+
+def _summary(report: BuildReport, lowered: Lowered, policy: Policy, proof: Proof) -> dict[str, Any]:
     """Figures of a build for the manifest and the table at the end."""
     quantized = policy.quantized().values()
     return {
+        "engine": proof.engine.model_dump(mode="json"),
+        "verdicts": proof.verdicts(),
         "target": str(report.target),
         "library_version": report.library_version,
         "compute_capabilities": report.compute_capabilities,

@@ -311,7 +311,7 @@ class _Road:
             "build",
             {**parts, "target": str(self.target), "library": library_versions().get(library or "")},
             (self._dir.w4a8, data_path(self._dir.w4a8), self._dir.policy, self._dir.sites, *plugin),
-            (engine, self._dir.build_log),
+            (engine, self._dir.build_log, self._dir.proof),
             lambda: build(self._dir, engine, self.target, self._options, self._progress),
         )
 

@@ -100,6 +100,11 @@ class RunDirectory:
         """TensorRT's verbose log, which the layer check reads."""
         return self.path / "build.log"
 
+    @property
+    def proof(self) -> Path:
+        """For every entry of the policy, the engine layer that runs it and the precision of both operands."""
+        return self.path / "proof.json"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One run at a time; the directory is created.

@@ -175,6 +175,7 @@ def engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
         ("of these run by the W4A8 plugin", _plugin_text(figures)),
         *_convolution_rows(figures),
+        *_proof_rows(figures),
         ("built with", f"{figures['target']} {figures['library_version']}"),
     ]
 
@@ -186,6 +187,16 @@ def _convolution_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     if in_float := figures["float_convolutions"]:
         rows.append(("of these multiplied in float (no INT8 kernel)", str(len(in_float))))
     return rows
+
+
+def _proof_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`211 of 211 layers`, and how many of them are proven in part; manifests of before proofs have none."""
+    if not (verdicts := figures.get("verdicts")):
+        return []
+    text = f"{verdicts.get('proven', 0)} of {sum(verdicts.values())} layers"
+    words = {"partly": "in part", "float_arithmetic": "in float, for want of a kernel", "not_shown": "not shown"}
+    parts = [text, *(f"{verdicts[name]} {words[name]}" for name in words if name in verdicts)]
+    return [("precision proven of weights and activations (proof.json)", ", ".join(parts))]
 
 
 def _plugin_text(figures: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from fptq_export.errors import PrecisionError
 
-__all__ = ["LintPrecision"]
+__all__ = ["LintPrecision", "offending_nodes", "origin_of"]
 
 _TRANSPARENT = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 """Operators that TensorRT looks through when it fuses; `Mul` by one is handled apart."""
@@ -33,7 +33,7 @@ class LintPrecision(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Check every weighted operator of the graph."""
-        offenders = [node.name or "?" for node in model.graph.all_nodes() if _offends(node)]
+        offenders = offending_nodes(model)
         if offenders:
             listed = "\n  ".join(offenders)
             raise PrecisionError(
@@ -44,14 +44,19 @@ class LintPrecision(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=False)
 
 
+def offending_nodes(model: ir.Model) -> list[str]:
+    """Names of the operators that rule 1 of `LintPrecision` is about, in the order of the graph."""
+    return [node.name or "?" for node in model.graph.all_nodes() if _offends(node)]
+
+
 def _offends(node: ir.Node) -> bool:
     if node.op_type not in _WEIGHTED or node.domain or len(node.inputs) < 2:
         return False
-    origins = [_origin(value) for value in node.inputs[:2]]
+    origins = [origin_of(value) for value in node.inputs[:2]]
     return any(_is_block_quantized(origin) for origin in origins) and any(_is_int8_qdq(origin) for origin in origins)
 
 
-def _origin(value: ir.Value | None) -> ir.Node | None:
+def origin_of(value: ir.Value | None) -> ir.Node | None:
     """The node a value comes from, past everything that TensorRT looks through."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type in _TRANSPARENT:

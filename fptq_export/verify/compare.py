@@ -15,11 +15,12 @@ from fptq_export.verify.perplexity import CHUNK_TOKENS, Perplexity, log_softmax,
 from fptq_export.verify.report import LogitFigures, VerifyReport
 from fptq_export.verify.sessions import CausalSession
 
-__all__ = ["DECODE_STEPS", "PROMPT_TOKENS", "SessionsOfWindow", "compare_sessions", "compare_windows"]
+__all__ = ["DECODE_STEPS", "PROMPT_TOKENS", "LogitTotals", "SessionsOfWindow", "compare_sessions", "compare_windows"]
 
 DECODE_STEPS = 16
 PROMPT_TOKENS = 64
 """Tokens of the first window that decoding starts from: enough context for the cache to matter, little to compute."""
+_TOP = 5
 
 
 SessionsOfWindow = Callable[[int], tuple[CausalSession, CausalSession]]
@@ -70,7 +71,7 @@ def compare_windows(
     """
     _check_windows(windows, decode_steps)
     progress = NoProgress() if progress is None else progress
-    totals = _Totals()
+    totals = LogitTotals()
     with progress.task("Comparing logits", total=windows.size, unit="tokens") as task:
         for index, window in enumerate(windows):
             _compare_window(*sessions(index), window, f"window {index}", totals)
@@ -97,27 +98,61 @@ def compare_windows(
     )
 
 
-class _Totals:
-    """What the windows add up to."""
+class LogitTotals:
+    """What the compared tokens add up to."""
 
     def __init__(self) -> None:
         self.reference = Perplexity()
         self.candidate = Perplexity()
         self.vocabulary = 0
         self.tokens = 0
-        self.cosine_sum = 0.0
-        self.cosine_min = math.inf
-        self.kl_sum = 0.0
-        self.agreeing = 0
+        self._cosine_sum = 0.0
+        self._cosine_min = math.inf
+        self._kl_sum = 0.0
+        self._top1 = 0
+        self._top5 = 0
+
+    def add(self, logits_r: NDArray[np.float32], logits_c: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
+        """Add tokens in a row, [T, V] and [T, V], a few in float64 at a time.
+
+        Args:
+            logits_r: Of the reference.
+            logits_c: Of the candidate.
+            targets: int64 [T], or [T - 1] where nothing is known to follow the last one: the token after each.
+        """
+        self.vocabulary = logits_r.shape[-1]
+        for start in range(0, len(logits_r), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            self._add_chunk(logits_r[chunk], logits_c[chunk], targets[chunk])
+
+    def _add_chunk(
+        self, logits_r: NDArray[np.float32], logits_c: NDArray[np.float32], targets: NDArray[np.int64]
+    ) -> None:
+        log_r, log_c = log_softmax(logits_r), log_softmax(logits_c)
+        self.reference.add(nll_from_log_probs(log_r[: len(targets)], targets), len(targets))
+        self.candidate.add(nll_from_log_probs(log_c[: len(targets)], targets), len(targets))
+        cosine = _cosine(logits_r, logits_c)
+        self.tokens += len(logits_r)
+        self._cosine_sum += float(cosine.sum())
+        self._cosine_min = min(self._cosine_min, float(cosine.min()))
+        self._kl_sum += float(kl_from_log_probs(log_r, log_c).sum())
+        first = logits_r.argmax(axis=-1)
+        self._top1 += int((first == logits_c.argmax(axis=-1)).sum())
+        self._top5 += int(_is_in_top(logits_c, first, _TOP).sum())
 
     def logits(self) -> LogitFigures:
+        """Means over the tokens so far."""
         return LogitFigures(
             tokens=self.tokens,
-            cosine_mean=self.cosine_sum / self.tokens,
-            cosine_min=self.cosine_min,
-            kl_mean=self.kl_sum / self.tokens,
-            top1_agreement=self.agreeing / self.tokens,
+            cosine_mean=self._cosine_sum / self.tokens,
+            cosine_min=self._cosine_min,
+            kl_mean=self._kl_sum / self.tokens,
+            top1_agreement=self._top1 / self.tokens,
         )
+
+    def top5_agreement(self) -> float:
+        """Share of tokens where the candidate has the reference's first token among its first five."""
+        return self._top5 / self.tokens
 
 
 def _check_windows(windows: NDArray[np.int64], decode_steps: int) -> None:
@@ -133,33 +168,21 @@ def _check_windows(windows: NDArray[np.int64], decode_steps: int) -> None:
 
 
 def _compare_window(
-    reference: CausalSession, candidate: CausalSession, window: NDArray[np.int64], place: str, totals: _Totals
+    reference: CausalSession, candidate: CausalSession, window: NDArray[np.int64], place: str, totals: LogitTotals
 ) -> None:
     logits_r = checked_logits(reference, place, reference.prefill(window[None])[0], len(window))
     logits_c = checked_logits(candidate, place, candidate.prefill(window[None])[0], len(window))
     same_vocabulary(reference, candidate, logits_r.shape[-1], logits_c.shape[-1])
-    totals.vocabulary = logits_r.shape[-1]
-    if window.max() >= totals.vocabulary:
-        cause = f"token id {window.max()} in a vocabulary of {totals.vocabulary}"
+    if window.max() >= logits_r.shape[-1]:
+        cause = f"token id {window.max()} in a vocabulary of {logits_r.shape[-1]}"
         raise UserError(f"{reference.name}, {place}", cause, "tokenize the text with this model's tokenizer")
-    for start in range(0, len(window), CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
-        _compare_tokens(logits_r[chunk], logits_c[chunk], window[start + 1 : start + 1 + CHUNK_TOKENS], totals)
+    totals.add(logits_r, logits_c, window[1:])
 
 
-def _compare_tokens(
-    logits_r: NDArray[np.float32], logits_c: NDArray[np.float32], targets: NDArray[np.int64], totals: _Totals
-) -> None:
-    """Add up a few tokens [T, V]; `targets` are the tokens after them, one fewer at the end of a window."""
-    log_r, log_c = log_softmax(logits_r), log_softmax(logits_c)
-    totals.reference.add(nll_from_log_probs(log_r[: len(targets)], targets), len(targets))
-    totals.candidate.add(nll_from_log_probs(log_c[: len(targets)], targets), len(targets))
-    cosine = _cosine(logits_r, logits_c)
-    totals.tokens += len(logits_r)
-    totals.cosine_sum += float(cosine.sum())
-    totals.cosine_min = min(totals.cosine_min, float(cosine.min()))
-    totals.kl_sum += float(kl_from_log_probs(log_r, log_c).sum())
-    totals.agreeing += int((logits_r.argmax(axis=-1) == logits_c.argmax(axis=-1)).sum())
+def _is_in_top(logits: NDArray[np.float32], tokens: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    """Whether fewer than `count` logits of a row lie above that of its token: [T, V] and [T] -> [T]."""
+    own = np.take_along_axis(logits, tokens[:, None], axis=-1)
+    return np.asarray((logits > own).sum(axis=-1) < count)
 
 
 def _cosine(logits_r: NDArray[np.float32], logits_c: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -16,7 +16,17 @@ from fptq_export.verify.perplexity import log_softmax
 from fptq_export.verify.report import CacheFigures, DecodeFigures, Rounding
 from fptq_export.verify.sessions import CausalSession
 
-__all__ = ["ROUNDING_STEPS", "CacheBound", "checked_logits", "compare_decode", "prove_cache"]
+__all__ = [
+    "ROUNDING_STEPS",
+    "CacheBound",
+    "checked_logits",
+    "compare_decode",
+    "forced",
+    "greedy",
+    "kl_from_log_probs",
+    "prove_cache",
+    "same_vocabulary",
+]
 
 ROUNDING_STEPS: Mapping[Rounding, float] = MappingProxyType(
     {
@@ -102,8 +112,8 @@ def compare_decode(
         UserError: A session gives logits of another shape, or not finite.
     """
     task = _silent() if task is None else task
-    tokens, expected = _greedy(reference, prompt, steps, task)
-    actual = _forced(candidate, prompt, tokens, task)
+    tokens, expected = greedy(reference, prompt, steps, task)
+    actual = forced(candidate, prompt, tokens, task)
     same_vocabulary(reference, candidate, expected.shape[-1], actual.shape[-1])
     log_r, log_c = log_softmax(expected), log_softmax(actual)
     chosen_r, chosen_c = expected.argmax(axis=-1), actual.argmax(axis=-1)
@@ -128,7 +138,7 @@ def prove_cache(
     Raises:
         UserError: The session gives logits of another shape, or not finite.
     """
-    decoded = _forced(session, prompt, tokens, _silent())[1:]
+    decoded = forced(session, prompt, tokens, _silent())[1:]
     return _cache_figures(session, prompt, tokens, decoded, cache_bound)
 
 
@@ -147,10 +157,10 @@ def same_vocabulary(reference: CausalSession, candidate: CausalSession, size_r: 
         )
 
 
-def _greedy(
+def greedy(
     session: CausalSession, prompt: NDArray[np.int64], steps: int, task: Task
 ) -> tuple[list[int], NDArray[np.float32]]:
-    """The `steps` tokens that were fed back, and the logits [steps + 1, V] behind each choice."""
+    """Decode a prompt [P]: the `steps` tokens that were fed back, and the logits [steps + 1, V] behind each choice."""
     logits, cache = session.prefill(prompt[None])
     rows = [checked_logits(session, "decode prompt", logits, len(prompt))[-1].copy()]
     tokens: list[int] = []
@@ -162,10 +172,8 @@ def _greedy(
     return tokens, np.stack(rows)
 
 
-def _forced(
-    session: CausalSession, prompt: NDArray[np.int64], tokens: Sequence[int], task: Task
-) -> NDArray[np.float32]:
-    """Logits [len(tokens) + 1, V] after the prompt and after each of the tokens."""
+def forced(session: CausalSession, prompt: NDArray[np.int64], tokens: Sequence[int], task: Task) -> NDArray[np.float32]:
+    """Feed a text with the cache carried: logits [len(tokens) + 1, V] after the prompt [P], and after each token."""
     logits, cache = session.prefill(prompt[None])
     rows = [checked_logits(session, "decode prompt", logits, len(prompt))[-1].copy()]
     for step, token in enumerate(tokens, start=1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,5 +46,7 @@ class OnnxEmbeddingSession(OnnxCausalSession):
             raise UserError(str(embeddings), cause, "trace the model again")
         self._table = table
 
-    def _tokens_feed(self, input_ids: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
-        return {_EMBEDS: self._table[input_ids]}
+    def _ids_feed(self, input_ids: NDArray[np.int64], past_length: int, slots: int) -> dict[str, NDArray[Any]]:
+        bound = copy.copy(self)  # as a decoder behind its hidden states: what is given stands among the inputs
+        bound._given = {_EMBEDS: self._table[input_ids]}
+        return super(OnnxEmbeddingSession, bound)._ids_feed(input_ids, past_length, slots)

@@ -22,10 +22,12 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import (
     Comparator,
     CosineSimilarityCompareFunc,
+    IterationResult,
     L2CompareFunc,
     PsnrCompareFunc,
     RunResults,
 )
+from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from fptq_export.errors import UserError
@@ -33,7 +35,7 @@ from fptq_export.files import atomic_path
 from fptq_export.verify.report import PolygraphyFigures
 from fptq_export.verify.sessions import CausalSession
 
-__all__ = ["CausalRunner", "diff_sessions"]
+__all__ = ["CausalRunner", "diff_logits", "diff_sessions", "save_arrays", "save_outputs"]
 
 _OUTPUT = "logits"
 
@@ -100,12 +102,49 @@ def diff_sessions(
         if save_outputs_path is not None:
             with atomic_path(save_outputs_path) as partial:
                 RunResults([(runners[0].name, results[runners[0].name])]).save(str(partial))
-        cosine, psnr, l2 = _metrics(results)
+        return _figures(results, len(window))
+
+
+def diff_logits(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> PolygraphyFigures:
+    """Polygraphy's figures of logits that are there already, [T, V] and [T, V].
+
+    Raises:
+        UserError: The shapes differ, or a value is NaN or infinite.
+    """
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        results = RunResults([_result("reference", reference), _result("candidate", candidate)])
+        return _figures(results, len(reference))
+
+
+def save_outputs(logits: NDArray[Any], name: str, path: Path) -> None:
+    """Write logits [B, S, V] as the output of a runner called `name`, for Polygraphy's `--load-outputs`; `.json`."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), atomic_path(path) as partial:
+        RunResults([_result(name, logits)]).save(str(partial))
+
+
+def save_arrays(feed: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Write the inputs of one call for Polygraphy's `--load-inputs`; `.json`.
+
+    Raises:
+        UserError: One has a dtype that Polygraphy's files cannot hold.
+    """
+    _check_feed(feed)
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), atomic_path(path) as partial:
+        save_json([OrderedDict(feed)], str(partial))
+
+
+def _result(name: str, logits: NDArray[Any]) -> tuple[str, list[IterationResult]]:
+    return name, [IterationResult({_OUTPUT: logits}, runtime=0.0, runner_name=name)]
+
+
+def _figures(results: RunResults, tokens: int) -> PolygraphyFigures:
+    cosine, psnr, l2 = _metrics(results)
     if math.isnan(cosine) or math.isnan(psnr) or math.isnan(l2):
-        raise UserError(f"{reference.name}, {candidate.name}", "logits are NaN or infinite", "verify them one by one")
+        names = ", ".join(name for name, _ in results)
+        raise UserError(names, "logits are NaN or infinite", "verify them one by one")
     return PolygraphyFigures(
         version=polygraphy.__version__,
-        tokens=len(window),
+        tokens=tokens,
         cosine_similarity=cosine,
         psnr_db=psnr,
         l2_norm=l2,

@@ -195,12 +195,20 @@ class OnnxCausalSession:
         Raises:
             UserError: ONNX Runtime cannot run the graph on these tokens, or its cache is too short for them.
         """
-        length = cache.length + input_ids.shape[1]
+        ids_feed, past = self._next_feed(input_ids, cache)
+        feed = {name: ort_value_from_array(array) for name, array in ids_feed.items()}
+        return self._run({**feed, **past}, cache.length + input_ids.shape[1])
+
+    def decode_feed(self, input_ids: NDArray[np.int64], cache: OnnxCache) -> dict[str, NDArray[Any]]:
+        """Every input of the graph for the next token(s), in the graph's dtypes; the past is a copy of the cache."""
+        ids_feed, past = self._next_feed(input_ids, cache)
+        return {**ids_feed, **{name: array_from_ort_value(value).copy() for name, value in past.items()}}
+
+    def _next_feed(self, ids: NDArray[np.int64], cache: OnnxCache) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        length = cache.length + ids.shape[1]
         slots = self._slots_for(length) if self._signature.is_static else 0
         past = {name: _with_slots(value, slots) for name, value in cache.values.items()} if slots else cache.values
-        ids_feed = self._ids_feed(input_ids, cache.length, slots)
-        feed = {name: ort_value_from_array(array) for name, array in ids_feed.items()}
-        return self._run({**feed, **past}, length)
+        return self._ids_feed(ids, cache.length, slots), past
 
     def _slots_for(self, length: int) -> int:
         """Length of a static cache for so many tokens."""
@@ -214,17 +222,13 @@ class OnnxCausalSession:
         batch, length = input_ids.shape
         positions = np.broadcast_to(np.arange(past_length, past_length + length), (batch, length))
         arrays = {
-            **self._tokens_feed(input_ids),
+            "input_ids": input_ids,
             "attention_mask": np.ones((batch, slots or past_length + length)),
             "position_ids": positions,
             _WRITE_INDICES: np.full(batch, past_length),
             **self._given,
         }
         return {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._signature.ids.items()}
-
-    def _tokens_feed(self, input_ids: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
-        """What stands for the tokens among the inputs."""
-        return {"input_ids": input_ids}
 
     def _run(self, feed: Mapping[str, Any], length: int) -> tuple[NDArray[np.float32], OnnxCache]:
         try:

@@ -56,5 +56,7 @@ def test_engine_of_the_road_holds_every_linear_in_int4(
         finished: Path = request.getfixturevalue(str(family.run))
         build = read_json_model(finished / "manifest.json", Manifest).stages["build"].summary
         assert build["quantized_linears"] == len(read_sites(finished / "sites.json").linears)
+        assert build["verdicts"]["proven"] == build["quantized_linears"]
+        assert set(build["verdicts"]) <= {"proven", "not_shown"}  # ESM-2 has a linear that its graph does without
         assert (finished.parent / "out.plan").stat().st_size > 0
         cell.text = "built"

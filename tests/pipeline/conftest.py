@@ -17,6 +17,7 @@ SMALL = ("--calib-size", "2", "--calib-seq", "64", "--eval-windows", "1", "--eva
 FILES = frozenset(
     {
         "build.log",
+        "proof.json",
         "generation_config.json",
         "manifest.json",
         "model.onnx",

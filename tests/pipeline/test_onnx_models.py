@@ -167,6 +167,7 @@ def test_engine_of_a_unet_runs_what_the_policy_says(tmp_path: Path, command: Com
     build = read_json_model(tmp_path / "run" / "manifest.json", Manifest).stages["build"].summary
     assert (build["quantized_linears"], build["int8_convolutions"]) == (1, 4)
     assert build["float_convolutions"] == []
+    assert build["verdicts"] == {"proven": 5}
     layers = {layer.name: layer for layer in layers_from_log(tmp_path / "run" / "build.log")}
     shapes = {"down1": (16, 4, 3, 3), "down2": (32, 16, 3, 3), "up1": (64, 32, 1, 1), "up2": (16, 32, 1, 1)}
     for path, shape in shapes.items():

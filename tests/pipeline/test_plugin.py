@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fptq_export.build.proof import Proof
+from fptq_export.errors import ExitCode
+from fptq_export.files import read_json_model
 from fptq_export.plugin.library import DIRECTORY_VARIABLE
 from tests.pipeline.conftest import FILES, Command
 from tests.support.plugin import built_double
@@ -34,6 +37,9 @@ def test_every_linear_runs_in_the_plugin(
     assert (record["plugin_linears"], record["quantized_linears"], record["not_in_plugin"]) == (14, 14, {})
     assert record["plugin_layers"] == record["layers_by_type"]["custom_layer"] == layers
     assert {path.name for path in run_copy.iterdir()} - {".lock"} == FILES
+    proof = read_json_model(run_copy / "proof.json", Proof)
+    assert (proof.verdicts(), proof.engine.plugin_layers) == ({"proven": 15}, layers)
+    assert proof.engine.plugin is not None
     assert ("14 in 8 layers" in outcome.out) == (layers == 8)
     assert "build: up to date" in command(*words).err
 
@@ -41,9 +47,25 @@ def test_every_linear_runs_in_the_plugin(
 def test_projections_are_fused_unless_told_otherwise(
     run_copy: Path, tmp_path: Path, command: Command, plugin_directory: Path
 ) -> None:
-    """The option is on by default, and another choice builds the engine again."""
+    """The option is on by default, and another choice builds the engine again.
+
+    Between the two builds: `doctor` finds the plugin that built the engine, says that this stand-in has no kernels,
+    and names the plugin where it is missing.
+    """
     words = ("build", run_copy, "--engine", tmp_path / "plugin.plan", "--plugin", "on")
     assert "14 in 8 layers" in command(*words).out
+    asked = ("doctor", tmp_path / "plugin.plan", "--compute-capability", "8.0")
+    present = command(*asked, "--json")
+    checks = json.loads(present.out)["plan"]["checks"]
+    assert [check["status"] for check in checks if check["what"] == "plugin"] == ["ok", "problem"]
+    assert [check["text"] for check in checks if check["status"] == "problem"] == [
+        "the plugin has no code for compute capability 8.0: it was built for no GPU"
+    ]
+    with pytest.MonkeyPatch.context() as without:
+        without.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+        missing = command(*asked, "--json")
+    assert missing.code == ExitCode.USER_ERROR
+    assert "8 of its layers run in the plugin, which is missing" in missing.out
     outcome = command(*words, "--no-fuse-projections")
     assert outcome.code == 0, outcome.err
     assert "build: up to date" not in outcome.err

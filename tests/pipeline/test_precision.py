@@ -36,6 +36,7 @@ def test_mixed_precisions_run_the_whole_road(
     assert stages["policy"]["summary"]["precisions"] == {"float": 1, "w4a16": 4, "w4a8": 6, "w8a8": 4}
     assert (stages["build"]["summary"]["quantized_linears"], stages["build"]["summary"]["int8_linears"]) == (10, 4)
     assert "verify" in stages
+    assert stages["build"]["summary"]["verdicts"] == {"proven": 15}
     assert engine.is_file()
     assert "INT8" in outcome.out
 

@@ -28,7 +28,9 @@ LEAVES = frozenset(
         ),
     }
 )
-DRIVERS = frozenset({"__main__", "activations", "cli", "debug", "evaluate", "pipeline", "report"})
+DRIVERS = frozenset(
+    {"__main__", "activations", "cli", "debug", "diff", "doctor", "evaluate", "inspect", "pipeline", "report"}
+)
 """May import everything; nothing but drivers may import them."""
 STAGES = frozenset({"build", "observe", "package", "plugin", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"

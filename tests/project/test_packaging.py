@@ -45,9 +45,12 @@ PACKAGES = {
     "fptq_export/build",
     "fptq_export/cli",
     "fptq_export/cpu",
+    "fptq_export/doctor",
     "fptq_export/debug",
+    "fptq_export/diff",
     "fptq_export/evaluate",
     "fptq_export/experts",
+    "fptq_export/inspect",
     "fptq_export/observe",
     "fptq_export/package",
     "fptq_export/pipeline",
@@ -66,7 +69,7 @@ SUFFIXES = {".css", ".j2", ".js", ".json", ".py", ".txt", ".typed"}
 """Kinds of files in our packages: the page of a report (three of them), counts of the time model, code, the built-in
 text, the typing marker."""
 
-OPTIONAL_IMPORTS = {"matplotlib", "datasets", "jinja2", "lm_eval", "markupsafe", "tensorrt", "tensorrt_rtx"}
+OPTIONAL_IMPORTS = {"matplotlib", "datasets", "jinja2", "lm_eval", "markupsafe", "pynvml", "tensorrt", "tensorrt_rtx"}
 """Imported only where an extra installs them."""
 
 
