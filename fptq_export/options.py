@@ -39,6 +39,8 @@ class RunOptions(BaseModel):
     """A KV cache that grows with every call, or one of fixed length that is written in place."""
     kv_dtype: Literal["float", "int8"] = "float"
     """A KV cache of type `dtype`, or of INT8 codes with a scale for each head of a token."""
+    emit_range_outputs: bool = False
+    """Add an output with the saturation of every static layer, `range_monitor`."""
     adapter: Path | None = None
     """LoRA adapter that is merged into the model before anything else."""
     rotate: bool = False

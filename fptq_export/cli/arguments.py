@@ -15,6 +15,7 @@ from fptq_export.cli.diff_arguments import DIFF
 from fptq_export.cli.doctor_arguments import DOCTOR
 from fptq_export.cli.eval_arguments import EVAL
 from fptq_export.cli.inspect_arguments import INSPECT
+from fptq_export.cli.monitor_arguments import MONITOR
 from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
 from fptq_export.cli.stats_arguments import STATS
@@ -36,7 +37,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, STATS, REPORT, INSPECT, DOCTOR)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, STATS, REPORT, INSPECT, DOCTOR, MONITOR)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\

@@ -67,6 +67,11 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="float, or int8: keys and values with a scale for each head of a token [float]",
     )
+    group.add_argument(
+        "--emit-range-outputs",
+        action=argparse.BooleanOptionalAction,
+        help="one more output, range_monitor: what static scales clip, for fptq-export monitor [no]",
+    )
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:

@@ -224,15 +224,17 @@ class _Road:
     def _rewrite(self) -> None:
         from fptq_export.rewrite import RewritePaths, rewrite
 
-        paths = RewritePaths(self._dir.model, self._dir.qdq, self._dir.w4a8)
+        ranges = (self._dir.range_outputs,) if self._options.emit_range_outputs else ()
+        paths = RewritePaths(self._dir.model, self._dir.qdq, self._dir.w4a8, *ranges)
 
         def run() -> Mapping[str, Any]:
+            self._dir.range_outputs.unlink(missing_ok=True)  # of an earlier run, which had the output
             arrays = PolicyArrays(arrays_path(self._dir.policy))
             return rewrite(paths, self._sites, read_policy(self._dir.policy), arrays, self._progress, self._form)
 
         inputs = (self._dir.model, data_path(self._dir.model), self._dir.sites)
         policy = (self._dir.policy, arrays_path(self._dir.policy))
-        outputs = (self._dir.qdq, self._dir.w4a8, data_path(self._dir.w4a8))
+        outputs = (self._dir.qdq, self._dir.w4a8, data_path(self._dir.w4a8), *ranges)
         self._stage("rewrite", self._option_parts("logits", "kv_cache", "kv_dtype"), (*inputs, *policy), outputs, run)
 
     def _verify(self) -> None:

@@ -91,6 +91,11 @@ class RunDirectory:
         return self.path / "model.w4a8.onnx"
 
     @property
+    def range_outputs(self) -> Path:
+        """What each row of the output `range_monitor` is; only with `--emit-range-outputs`."""
+        return self.path / "range_outputs.json"
+
+    @property
     def verify(self) -> Path:
         """What verification measured."""
         return self.path / "verify.json"

@@ -8,6 +8,7 @@ from fptq_export.evaluate.options import System
 from fptq_export.evaluate.report import EvalReport, MetricFigures
 from fptq_export.pipeline.summary import accuracy_rows
 from fptq_export.report.blocks import Block, Cell, Column, Missing, Section, Table, Text
+from fptq_export.report.diff_blocks import diff_blocks
 from fptq_export.report.documents import RunDocuments
 from fptq_export.report.numbers import number
 from fptq_export.report.summary_section import accuracy_words
@@ -18,7 +19,7 @@ __all__ = ["accuracy_section"]
 
 def accuracy_section(documents: RunDocuments) -> Section:
     """Everything that was measured of the quantized model."""
-    blocks = [*_verify_blocks(documents), *_eval_blocks(documents)]
+    blocks = [*_verify_blocks(documents), *_diff_blocks(documents), *_eval_blocks(documents)]
     return Section("accuracy", "Accuracy", tuple(blocks))
 
 
@@ -37,6 +38,14 @@ def _verify_blocks(documents: RunDocuments) -> Iterator[Block]:
             f"Decoding against prefill: {cache.steps} steps differ from it by at most {cache.max_abs_diff:.4g}, and"
             f" rounding, which may reach {cache.bound:.4g}, {verdict}."
         )
+
+
+def _diff_blocks(documents: RunDocuments) -> Iterator[Block]:
+    if documents.diffed is not None:
+        yield from diff_blocks(documents.diffed)
+    elif documents.predicts_text:
+        text = "The ways of running the quantized model were not compared step by step."
+        yield Missing(text, documents.command("diff"))
 
 
 def _eval_blocks(documents: RunDocuments) -> Iterator[Block]:

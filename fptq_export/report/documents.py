@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from fptq_export.build.proof import Proof
+from fptq_export.debug.report import DebugReport
+from fptq_export.diff.report import DiffReport
 from fptq_export.errors import UserError
 from fptq_export.evaluate.report import EvalReport
 from fptq_export.files import read_json_model
@@ -42,6 +45,9 @@ class RunDocuments:
     arrays: PolicyArrays | None = None
     verified: Verified | None = None
     evaluated: EvalReport | None = None
+    debugged: DebugReport | None = None
+    diffed: DiffReport | None = None
+    proof: Proof | None = None
     auto: AutoReport | None = None
     costs: CostTable | None = None
     """Measured decode times, where the user gave some."""
@@ -90,6 +96,9 @@ def read_documents(directory: Path, cost_table: Path | None = None) -> RunDocume
         arrays=_if_there(arrays, PolicyArrays),
         verified=_if_there(files.verify, report_from_file),
         evaluated=_if_there(directory / "eval.json", lambda path: read_json_model(path, EvalReport)),
+        debugged=_if_there(directory / "debug.json", lambda path: read_json_model(path, DebugReport)),
+        diffed=_if_there(directory / "diff.json", lambda path: read_json_model(path, DiffReport)),
+        proof=_if_there(directory / "proof.json", lambda path: read_json_model(path, Proof)),
         auto=_if_there(files.auto, _read_auto),
         costs=read_cost_table(cost_table) if cost_table else _if_there(given, read_cost_table) if given else None,
     )

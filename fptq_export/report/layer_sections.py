@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fptq_export.report.blocks import Block, Cell, Column, Missing, Section, Table, Text
+from fptq_export.report.debug_blocks import debug_blocks
 from fptq_export.report.documents import RunDocuments
 from fptq_export.report.layers import LayerFigures, panels_from_layers
 from fptq_export.report.numbers import integer, number
@@ -77,8 +78,11 @@ def ranges_section(documents: RunDocuments, layers: tuple[LayerFigures, ...]) ->
 def error_section(documents: RunDocuments, layers: tuple[LayerFigures, ...]) -> Section:
     """What quantization does to each layer: measured where that was done, else what the policy lets one see."""
     blocks: list[Block] = []
-    command = documents.command("debug") if documents.predicts_text else None
-    blocks.append(Missing("The error of each layer was not measured one by one in this run.", command))
+    if documents.debugged is not None:
+        blocks += debug_blocks(documents.debugged, layers)
+    else:
+        command = documents.command("debug") if documents.predicts_text else None
+        blocks.append(Missing("The error of each layer was not measured one by one in this run.", command))
     blocks += _sqnr_blocks(layers)
     blocks += _level_blocks(layers)
     return Section("layer-error", "Error of each layer", tuple(blocks))

@@ -123,6 +123,9 @@ def _accuracy_remarks(documents: RunDocuments) -> Iterator[Note]:
     report = documents.verified
     if report is None:
         yield Note("warning", f"The accuracy of the quantized graph is not known. Next: {documents.command('verify')}")
+    if documents.debugged is not None and (bad := documents.debugged.bad_layers):
+        words = f"{plural(len(bad), 'layer')} worse than the steps of its integers explain: {_names(list(bad))}"
+        yield Note("warning", f"{words}. The section about errors says what is wrong there.")
     if isinstance(report, VerifyReport):
         if report.perplexity_increase > LARGE_INCREASE:
             words = (

@@ -10,6 +10,7 @@ from fptq_export.pipeline.summary import engine_rows
 from fptq_export.report.blocks import Block, Cell, Code, Column, Missing, Section, Table, Text
 from fptq_export.report.documents import RunDocuments
 from fptq_export.report.numbers import number
+from fptq_export.report.proof_blocks import proof_blocks
 
 __all__ = ["calibration_section", "command_section", "environment_section", "proof_section"]
 
@@ -27,7 +28,10 @@ def proof_section(documents: RunDocuments) -> Section:
             "TensorRT wrote the list of layers that it built. Every quantized layer of the policy was looked up in it,"
             " with the type of its weights; a layer that is missing, or has another type, stops the build."
         )
-        blocks = (Text(words), Table.of_texts("table-proof", "The engine's layer list", ("what", "value"), rows))
+        table = Table.of_texts("table-proof", "The engine's layer list", ("what", "value"), rows)
+        proof = documents.proof
+        missing = Missing("There is no proof of each layer.", documents.command("build", "--engine", "out.plan"))
+        blocks = (Text(words), table, *(proof_blocks(proof) if proof is not None else (missing,)))
     return Section("proof", "Proof of precision", blocks)
 
 

@@ -103,6 +103,8 @@ def _proof(documents: RunDocuments) -> Text | Missing:
             "No engine was built, so there is nothing to prove about one.",
             documents.command("build", "--engine", "out.plan"),
         )
+    if documents.proof is not None and documents.proof.problems:
+        return Text(f"The proof does not hold: {'; '.join(documents.proof.problems)}.")
     kinds = (
         ("quantized_linears", "linear", "4-bit weights"),
         ("int8_linears", "linear", "8-bit weights"),

@@ -23,6 +23,7 @@ __all__ = [
     "FRACTION",
     "PER_TOKEN_QDQ",
     "PLUGIN_ATTRIBUTES",
+    "RANGE_MONITOR",
     "W4A8_PER_TOKEN",
     "W4A8_STATIC",
     "dequantized_int8_weight",
@@ -31,6 +32,7 @@ __all__ = [
     "per_token_codes",
     "per_token_fractions",
     "per_token_qdq_function",
+    "range_monitor_function",
     "register_function",
     "rescaled",
     "scale_type",
@@ -45,6 +47,7 @@ _OPSET = 21
 W4A8_STATIC = "FptqW4A8GemmStatic"
 W4A8_PER_TOKEN = "FptqW4A8GemmPerToken"
 PER_TOKEN_QDQ = "FptqQuantizeDequantizePerToken"
+RANGE_MONITOR = "FptqRangeMonitor"
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 """TensorRT >= 10.15 takes the plugin instead of the function body only if the node names the plugin's namespace."""
 
@@ -180,6 +183,33 @@ def per_token_qdq_function(dtype: ir.DataType) -> ir.Function:
     x = ir.Value(name="x")
     tape = Tape()
     return _function(PER_TOKEN_QDQ, [x], _per_token_qdq(tape, x, dtype), tape, {})
+
+
+def range_monitor_function(dtype: ir.DataType) -> ir.Function:
+    """`FptqRangeMonitor(x, scale) -> y`: what the static quantization of x clips.
+
+    Args:
+        dtype: T, the type of x, of any shape; scale is FLOAT, one number.
+
+    y is FLOAT [1, 3]: the share of values with rint(x / scale) outside [-128, 127], ties to even as in QuantizeLinear,
+    so x / scale >= 127.5 or < -128.5, or NaN; the largest |x / scale| over 127; how many values there are. The values
+    that are clipped are summed along the last axis first: exact in float32 up to 2^24 of them in a call, and beyond
+    that within (size of the other axes) x 2^-24, relative.
+    """
+    x, scale = (ir.Value(name=name) for name in ("x", "scale"))
+    tape = Tape()
+    ratio = tape.op("Div", [_to(tape, x, dtype, ir.DataType.FLOAT), scale])
+    low, high = (_constant(tape, np.float32(bound)) for bound in (INT8_MIN - 0.5, INT8_MAX + 0.5))
+    inside = tape.op("And", [tape.op("GreaterOrEqual", [ratio, low]), tape.op("Less", [ratio, high])])
+    clipped = tape.op("Cast", [tape.op("Not", [inside])], {"to": int(ir.DataType.FLOAT)})
+    along_last = tape.op("ReduceSum", [clipped, _constant(tape, np.array([-1], np.int64))], {"keepdims": 1})
+    values = tape.op("Cast", [tape.op("Size", [x])], {"to": int(ir.DataType.FLOAT)})
+    rate = tape.op("Div", [tape.op("ReduceSum", [along_last], {"keepdims": 0}), values])
+    peak = tape.op("ReduceMax", [tape.op("Abs", [ratio])], {"keepdims": 0})
+    over_range = tape.op("Div", [peak, _constant(tape, np.float32(INT8_MAX))])
+    cell = _constant(tape, np.array([1, 1], np.int64))
+    cells = [tape.op("Reshape", [number, cell]) for number in (rate, over_range, values)]
+    return _function(RANGE_MONITOR, [x, scale], tape.op("Concat", cells, {"axis": 1}), tape, {})
 
 
 def w4a8_function(op_type: str, dtype: ir.DataType) -> ir.Function:

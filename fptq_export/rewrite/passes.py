@@ -2,7 +2,9 @@
 
 1. What the caller of the graph sees, where it is asked for (`graph_form`): `LastTokenLogits`, `StaticCache` and the
    fusions that go with it. First, so that all that follows is checked against the inputs and outputs that remain; after
-   the sites were found, which look for the arithmetic that is fused here.
+   the sites were found, which look for the arithmetic that is fused here. `EmitRangeOutputs` closes this group: it adds
+   an output, the tensors that linears read are final once the fusions and the slice before the head are done, and no
+   quantizer stands between yet. The fold that follows changes numbers and no tensor, so equalized inputs are monitored.
 2. `FoldEqualization`: it changes float weights, which exist only before quantization.
 3. `InsertQdq` for linears, `QuantizeConvolutions` for convolutions: the standard form, `model.qdq.onnx`.
 4. `FuseW4A8Linears`: matches that standard form, so a graph quantized elsewhere can be fused too: `model.w4a8.onnx`.
@@ -23,11 +25,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from fptq_export.files import atomic_path
+from fptq_export.files import atomic_path, write_json_model
 from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import Progress
 from fptq_export.rewrite.check_invariants import CheckInvariants, interface_from_graph
+from fptq_export.rewrite.emit_range_outputs import EmitRangeOutputs
 from fptq_export.rewrite.fix_cache_length import FixCacheLength
 from fptq_export.rewrite.fold_equalization import FoldEqualization
 from fptq_export.rewrite.fuse_projections import FuseProjections
@@ -51,6 +54,8 @@ class RewritePaths:
     model: Path
     qdq: Path
     w4a8: Path
+    ranges: Path | None = None
+    """Where the rows of the output `range_monitor` are described; the graphs have that output where it is given."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,14 @@ def rewrite(
         For the summary of the stage: what the form changed, see `bring_into_form`.
 
     Raises:
-        UserError: A fold overflows the graph's type, or the graph cannot be brought into the form.
+        UserError: A fold overflows the graph's type, the graph cannot be brought into the form, or its ranges are to be
+            monitored and no layer is static.
         PrecisionError: A rewrite broke an invariant.
     """
     model = load_graph(paths.model)
     brought = bring_into_form(model, form if form is not None else GraphForm())
+    if paths.ranges is not None:
+        _emit_range_outputs(model, EmitRangeOutputs(sites, policy, arrays), paths.ranges)
     check = CheckInvariants(interface_from_graph(model), sites, policy)
     equalization = {
         site: arrays.read(f"{site}.equalization", (sites.site(site).channels,)) for site in policy.equalized_sites()
@@ -111,6 +119,13 @@ def rewrite(
     for path in (paths.qdq, paths.w4a8):
         onnx.checker.check_model(str(path))
     return brought
+
+
+def _emit_range_outputs(model: ir.Model, emit: EmitRangeOutputs, path: Path) -> None:
+    emit(model)
+    if emit.ranges is None:
+        raise RuntimeError("the pass described no row")
+    write_json_model(emit.ranges, path)
 
 
 def lower_for_tensorrt(w4a8: Path, lowered: Path, cache_length: int | None = None) -> Lowered:

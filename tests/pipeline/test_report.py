@@ -6,6 +6,9 @@ from pathlib import Path
 
 from tests.pipeline.conftest import SMALL, Command
 
+LINEARS = 14
+"""Of two blocks of a LLaMA."""
+
 
 def test_report_of_a_finished_run(command: Command, run_copy: Path) -> None:
     """The verb writes both files beside the run, names them on stdout, and shows the layers and the engine."""
@@ -15,6 +18,10 @@ def test_report_of_a_finished_run(command: Command, run_copy: Path) -> None:
     text = (run_copy / "report.md").read_text(encoding="utf-8")
     assert "The proof holds" in text
     assert "| model.layers.1.mlp.down_proj |" in text
+    proof = text[text.index("**Every entry of the policy in the engine**") :].partition("## ")[0]
+    rows = [line for line in proof.splitlines() if line.startswith("| model.layers.")]
+    assert len(rows) == LINEARS
+    assert [row for row in rows if "| proven |" not in row and "| partly |" not in row] == []
 
 
 def test_run_ends_with_the_report(command: Command, tiny_llama_dir: Path, finished_run: Path, run_copy: Path) -> None:

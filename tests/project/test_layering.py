@@ -19,6 +19,7 @@ LEAVES = frozenset(
             "packing",
             "policy",
             "progress",
+            "range_outputs",
             "roofline",
             "sites",
             "sources",
@@ -29,7 +30,10 @@ LEAVES = frozenset(
     }
 )
 DRIVERS = frozenset(
-    {"__main__", "activations", "cli", "debug", "diff", "doctor", "evaluate", "inspect", "pipeline", "report"}
+    {
+        *("__main__", "activations", "cli", "debug", "diff", "doctor", "evaluate", "inspect", "monitor"),
+        *("pipeline", "report"),
+    }
 )
 """May import everything; nothing but drivers may import them."""
 STAGES = frozenset({"build", "observe", "package", "plugin", "rewrite", "trace", "verify"})

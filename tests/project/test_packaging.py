@@ -51,6 +51,7 @@ PACKAGES = {
     "fptq_export/evaluate",
     "fptq_export/experts",
     "fptq_export/inspect",
+    "fptq_export/monitor",
     "fptq_export/observe",
     "fptq_export/package",
     "fptq_export/pipeline",

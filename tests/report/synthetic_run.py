@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.auto.report import AutoReport, ParetoPoint, PolicyTotals, write_auto_report
+from fptq_export.debug.report import DebugReport, Fault, LayerReport, Match
 from fptq_export.evaluate.options import System
 from fptq_export.evaluate.report import EvalReport, MetricFigures, MetricResult, SystemRecord, TaskResult, TextResult
 from fptq_export.files import write_json_model
@@ -39,6 +40,7 @@ def write_run(
     write_json_model(verify_report(), directory / "verify.json")
     write_json_model(eval_report(), directory / "eval.json")
     write_auto_report(auto_report(), directory / "auto.json")
+    write_json_model(debug_report(policy), directory / "debug.json")
     options = RunOptions(model=model, output=directory, engine=directory / "out.plan", **changes)
     write_manifest(manifest(options, command, directory), directory)
     return directory
@@ -137,6 +139,31 @@ def eval_report() -> EvalReport:
                 ),
             ),
         ),
+    )  # fmt: skip
+
+
+BAD_LAYER = "model.layers.17.mlp.down_proj"
+
+
+def debug_report(policy: Policy) -> DebugReport:
+    """Every quantized layer, one of them with a fault."""
+    fault = Fault(kind="activation_scale", message="its scale is ten times too small")
+    layers = {
+        path: LayerReport(
+            block=int(path.split(".")[2]), runs=layer.runs, weight_sqnr_db=20.0,
+            fp_inputs=Match(sqnr_db=18.0, cosine=0.99),
+            predicted_sqnr_db=18.0, accumulated=Match(sqnr_db=12.0, cosine=0.9), input=None, input_is_wrong=False,
+            saturated=0.01, input_absmax=1.0, input_limit=1.0, leave_one_out=None,
+            faults=(fault,) if path == BAD_LAYER else (),
+        )
+        for path, layer in policy.quantized().items()
+    }  # fmt: skip
+    figures = PerplexityFigures(nll_sum=1000.0, tokens=500, perplexity=7.389)
+    return DebugReport(
+        tool_version="0.1.0", command="fptq-export debug run", environment={}, model="tiny", text="held out",
+        text_sha256="0", windows=1, window_tokens=501, max_excess_db=3.0, changed_files=(), float_perplexity=figures,
+        graph_perplexity=figures, graph_kl=0.1, layers=layers, bad_layers=(BAD_LAYER,), seconds=1.0,
+        peak_memory_bytes=1 << 30,
     )  # fmt: skip
 
 

@@ -16,7 +16,15 @@ from fptq_export.report.run import run_report
 from tests.report.synthetic_run import BLOCKS, HOSTILE, SECTIONS, write_run
 
 BROWSER = Path(__file__).with_name("chromium.py")
-PLOTS = {"plot-ranges", "plot-levels", "plot-sizes", "plot-times", "plot-pareto"}
+PLOTS = {
+    "plot-debug-alone",
+    "plot-debug-accumulated",
+    "plot-ranges",
+    "plot-levels",
+    "plot-sizes",
+    "plot-times",
+    "plot-pareto",
+}
 PNG = b"\x89PNG\r\n\x1a\n"
 Look = dict[str, dict[str, Any]]
 
@@ -89,6 +97,8 @@ def test_axes_name_their_units(looks: Look) -> None:
     for plot, words in {
         "plot-ranges": ("max |x|, no unit", "block"),
         "plot-levels": ("INT8 steps of 127", "block"),
+        "plot-debug-alone": ("SQNR, dB", "block"),
+        "plot-debug-accumulated": ("SQNR, dB", "block"),
         "plot-sizes": ("size, MiB",),
         "plot-times": ("time, µs for one token, modelled",),
         "plot-pareto": ("bits a weight", "one token, µs", "nats a token"),

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from fptq_export.build.engine_facts import EngineFacts
+from fptq_export.build.proof import Expected, Proof, ProofEntry
+from fptq_export.diff.options import Thresholds
+from fptq_export.diff.report import CandidateDiff, DiffReport, GreedyFigures, PartFigures, RunRecord
 from fptq_export.errors import UserError
 from fptq_export.files import write_json_model
 from fptq_export.options import RunOptions
@@ -25,13 +29,23 @@ from fptq_export.report.layers import layer_figures, panels_from_layers
 from fptq_export.report.markdown import markdown_from_report
 from fptq_export.report.remarks import FEW_STEPS, remarks
 from fptq_export.report.run import report_from_run, run_report
-from fptq_export.report.run_sections import command_section
+from fptq_export.report.run_sections import command_section, proof_section
 from fptq_export.report.summary_section import summary_section
 from fptq_export.roofline import DEVICES
 from fptq_export.roofline.measured import CostEntry, CostTable
 from fptq_export.verify.encoder_report import CosineFigures, EncoderReport, RetrievalFigures
 from fptq_export.verify.graph_report import GraphReport, OutputFigures
-from tests.report.synthetic_run import BLOCKS, CHANNELS, EQUALIZED, HOSTILE, LARGE, SECTIONS, verify_report, write_run
+from tests.report.synthetic_run import (
+    BAD_LAYER,
+    BLOCKS,
+    CHANNELS,
+    EQUALIZED,
+    HOSTILE,
+    LARGE,
+    SECTIONS,
+    verify_report,
+    write_run,
+)
 
 FLOAT32_STEP = 2.0**-23
 """A float32 division of m by s = m, and the median of 64 such quotients, are off by no more than one rounding."""
@@ -86,6 +100,7 @@ def test_run_without_any_result_names_the_commands(tmp_path: Path) -> None:
     quoted = f"'{run}'"
     assert f"fptq-export verify {quoted}" in named["accuracy"]
     assert f"fptq-export eval {quoted}" in named["accuracy"]
+    assert f"fptq-export diff {quoted}" in named["accuracy"]
     assert f"fptq-export debug {quoted}" in named["layer-error"]
     assert f"fptq-export build {quoted} --engine out.plan" in named["proof"]
     for name in ("summary", "policy", "ranges", "calibration", "cost"):
@@ -201,6 +216,59 @@ def test_warnings_name_what_matters(run: Path) -> None:
         assert text in found
 
 
+def test_measured_layer_errors_replace_the_command(run: Path, report: Report) -> None:
+    """With debug.json every layer has a row, the bad layer and its fault are named, and no command is."""
+    found = section(report, "layer-error")
+    assert not any(isinstance(block, Missing) for block in found.blocks)
+    assert f"**warning** {BAD_LAYER}: its scale is ten times too small" in words(found)
+    tables = {block.id: block for block in found.blocks if isinstance(block, Table)}
+    assert len(tables["table-debug"].rows) == 3 * BLOCKS
+    assert f"warning: 1 layer worse than the steps of its integers explain: {BAD_LAYER}" in notes(read_documents(run))
+
+
+def test_diff_is_a_table_of_parts(run: Path) -> None:
+    """With diff.json prefill and decode of each candidate are rows, and where greedy text parts is said."""
+    verified = verify_report()
+    part = PartFigures(
+        reference_perplexity=verified.reference_perplexity, candidate_perplexity=verified.candidate_perplexity,
+        perplexity_increase=0.02, logits=verified.logits, top5_agreement=0.99, psnr_db=33.3,
+    )  # fmt: skip
+    record = RunRecord(runs="torch fp32", files={}, seconds=1.0, peak_memory_bytes=1)
+    greedy = GreedyFigures(
+        reference_tokens=(1, 2), candidate_tokens=(1, 3), first_divergence=1, reference_text=None, candidate_text=None
+    )
+    diffed = DiffReport(
+        tool_version="0.1.0", command="fptq-export diff run", environment={}, model="tiny", text="held out",
+        text_sha256="0", windows=1, window_tokens=501, head_tokens=8, decode_steps=1, thresholds=Thresholds(),
+        reference=record, left_out={"tensorrt": "no GPU"},
+        candidates=(CandidateDiff(system="onnx", run=record, prefill=part, decode=part, greedy=greedy),),
+    )  # fmt: skip
+    text = words(accuracy_section(dataclasses.replace(read_documents(run), diffed=diffed)))
+    for name in ("prefill", "decode"):
+        assert f"| onnx | {name} | 7.537 | +2.00 | 0.01 | 0.9900 | 33.3 | 95.0 | 99.0 |" in text
+    assert "Greedy text of onnx parts from the reference's at token 1." in text
+    assert "tensorrt was left out: no GPU" in text
+    assert "fptq-export diff" not in text
+
+
+def test_broken_proof_is_the_summary(run: Path) -> None:
+    """An engine that runs something else is said first, and each layer's verdict is in the table of the proof."""
+    entry = ProofEntry(
+        layer="q_proj", kind="linear", policy="w4a8 static g64", engine_layers=("gemm 1",), weights="FP16",
+        activation="FP16", verdict="failed", evidence=(),
+    )  # fmt: skip
+    engine = EngineFacts(target="tensorrt-rtx", library_version="1.7", compute_capabilities=("8.9",))
+    proof = Proof(
+        source="the builder's log", policy_sha256="0", engine=engine, expected=Expected(), layers=(entry,),
+        problems=("q_proj was widened",),
+    )  # fmt: skip
+    documents = dataclasses.replace(read_documents(run), proof=proof)
+    assert "The proof does not hold: q_proj was widened." in words(summary_section(documents))
+    text = words(proof_section(documents))
+    assert "| q_proj | w4a8 static g64 | FP16 | FP16 | failed | gemm 1 |" in text
+    assert "**warning** q_proj was widened" in text
+
+
 def test_random_calibration_is_a_warning(tmp_path: Path) -> None:
     """Ranges of random tokens are not those of text."""
     found = notes(read_documents(write_run(tmp_path / "run", calib_dataset="random")))
@@ -284,7 +352,7 @@ def test_page_carries_all_it_needs(report: Report) -> None:
     """No address, no file beside it: only the names of XML vocabularies look like addresses."""
     page = re.sub(r' xmlns(:\w+)?="[^"]*"', "", html_from_report(report))
     assert re.findall(r"https?://|<link|<img|@import|src=|url\((?!#)", page) == []
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 7
 
 
 def test_markdown_shows_foreign_text_as_it_is(tmp_path: Path) -> None:
