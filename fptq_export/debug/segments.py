@@ -19,6 +19,7 @@ import onnx_ir as ir
 from fptq_export.debug.graph_linears import GraphLinear
 from fptq_export.errors import UserError
 from fptq_export.graph_io import load_graph
+from fptq_export.rewrite.emit_range_outputs import without_range_output
 from fptq_export.sites import Sites
 from fptq_export.verify.all_logits import gives_last_only, graph_with_all_logits
 
@@ -42,16 +43,16 @@ class Segment:
 
 
 def graph_of_run(path: Path) -> ir.Model:
-    """The graph of a run, giving the logits of every token; weights stay on disk.
+    """The graph of a run, giving the logits of every token and no range output; weights stay on disk.
 
     Raises:
         UserError: It cannot be read.
     """
     if not gives_last_only(path):
-        return load_graph(path)
+        return without_range_output(load_graph(path))
     model = ir.from_proto(onnx.load_model_from_string(graph_with_all_logits(path)))
     ir.external_data.set_base_dir(model.graph, path.parent)
-    return model
+    return without_range_output(model)
 
 
 def segments_of_graph(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
@@ -18,7 +19,7 @@ from fptq_export.rewrite.initializers import constant_initializer, element_type
 from fptq_export.rewrite.names import UniqueNames
 from fptq_export.sites import Sites
 
-__all__ = ["EmitRangeOutputs"]
+__all__ = ["EmitRangeOutputs", "without_range_output"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,17 @@ class EmitRangeOutputs(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError("not every static layer is in one row")
         if model.graph.outputs[-1].name != OUTPUT_NAME:
             raise ir.passes.PostconditionError(f"{OUTPUT_NAME!r} is not the last output")
+
+
+def without_range_output(model: ir.Model) -> ir.Model:
+    """The graph as it is without the option, in place: for who cuts it where one tensor carries everything."""
+    for value in [value for value in model.graph.outputs if value.name == OUTPUT_NAME]:
+        if METADATA_KEY in model.metadata_props:  # else it is a user's own
+            model.graph.outputs.remove(value)
+            common.RemoveUnusedNodesPass()(model)
+            common.RemoveUnusedFunctionsPass()(model)
+            del model.metadata_props[METADATA_KEY]
+    return model
 
 
 def _static_layers(sites: Sites, policy: Policy, arrays: PolicyArrays) -> Iterator[_Static]:

@@ -133,6 +133,12 @@ def test_a_run_goes_on_with_the_output_and_without_it(run_copy: Path, command: C
     assert not (run_copy / "range_outputs.json").exists()
 
 
+def test_debug_walks_through_a_monitored_graph(monitored_run: Path, tmp_path: Path, command: Command) -> None:
+    """It is cut where one tensor carries everything, and the monitors' rows are not in the way."""
+    outcome = command("debug", monitored_run, "-o", tmp_path)
+    assert outcome.code == 0, outcome.out + outcome.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

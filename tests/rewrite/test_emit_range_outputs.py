@@ -21,7 +21,7 @@ from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.progress import NoProgress
 from fptq_export.range_outputs import METADATA_KEY, OUTPUT_NAME, RangeOutputs, read_range_outputs
 from fptq_export.rewrite import GraphForm, RewritePaths, lower_for_plugin, lower_for_tensorrt, rewrite
-from fptq_export.rewrite.emit_range_outputs import EmitRangeOutputs
+from fptq_export.rewrite.emit_range_outputs import EmitRangeOutputs, without_range_output
 from fptq_export.rewrite.functions import DOMAIN, RANGE_MONITOR, range_monitor_function, register_function
 from fptq_export.sites import Sites
 from tests.rewrite.conftest import Rewritten
@@ -258,6 +258,17 @@ def test_lowered_linears_keep_their_names(llama_rewritten: Rewritten, tmp_path: 
     )
     assert before.items() <= after.items()
     assert all(OUTPUT_NAME in (name or "") for name in after.keys() - before.keys())
+
+
+def test_the_output_can_be_taken_away_again(monitored: Monitored) -> None:
+    """Node by node the graph is the one without the option; a graph that never had the output stays as it is."""
+    plain = load_graph(monitored.plain.w4a8)
+    for path in (monitored.w4a8, monitored.plain.w4a8):
+        model = without_range_output(load_graph(path))
+        assert [node.name for node in model.graph] == [node.name for node in plain.graph]
+        assert [value.name for value in model.graph.outputs] == [value.name for value in plain.graph.outputs]
+        assert model.functions.keys() == plain.functions.keys()
+        assert model.graph.initializers.keys() == plain.graph.initializers.keys()
 
 
 def test_static_convolutions_have_a_row(tmp_path: Path) -> None:
