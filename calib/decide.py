@@ -107,7 +107,7 @@ def decide_policy(
     choices = chosen_precisions(sites.paths(), options.exclude, options.precision)
     layers = _layers(sites, stats, checkpoint.given, rule, options, choices)
     convolutions = decide_convolutions(sites, stats, choices)
-    policy = Policy(model=checkpoint.name, rule=rule, layers=layers, convolutions=convolutions)
+    policy = Policy(model=checkpoint.name, rule=rule, layers=layers, convolutions=convolutions, outside=sites.outside)
     if not policy.quantized() and not policy.quantized_convolutions():
         said = (*(layer.reason for layer in layers.values()), *(entry.reason for entry in convolutions.values()))
         reasons = "; ".join(dict.fromkeys(said))

@@ -1,7 +1,8 @@
-"""A half of an encoder-decoder as a model of token windows, for calibration; and how a window is split for its decoder.
+"""A half of a model as a model of token windows, for calibration; and how a window is split for a decoder.
 
 The encoder reads rows of tokens as any encoder does. The decoder is taught on text: the first half of a window is what
 the encoder reads, and the second half is what the decoder continues it with (teacher forcing).
+The language half of a vision-language model reads the embeddings of a window's tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from calib.load import Checkpoint, model_from_checkpoint, skeleton_from_checkpoint
 from fptq_export.halves import cut_to_decoder, cut_to_encoder, encoder_path, paths_of_half
-from fptq_export.tasks import SEQ2SEQ_ENCODER, is_half
+from fptq_export.language_half import cut_to_language_half, is_outside, modules_outside
+from fptq_export.tasks import SEQ2SEQ_ENCODER, VLM_DECODER, is_half
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -53,6 +55,9 @@ def source_and_target(
 
 def paths_of_task(checkpoint: Checkpoint, paths: Iterable[str]) -> list[str]:
     """Those of the torch paths of a checkpoint's model that lie in the graph of its task: all, or those of a half."""
+    if checkpoint.task == VLM_DECODER:
+        outside = modules_outside(skeleton_from_checkpoint(checkpoint))
+        return [path for path in paths if not is_outside(path, outside)]
     if not is_half(checkpoint.task):
         return list(paths)
     return paths_of_half(paths, encoder_path(skeleton_from_checkpoint(checkpoint)), checkpoint.task)
@@ -66,6 +71,8 @@ def calibrated_model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype)
         dtype: Floating-point type of the parameters. The encoder before a decoder runs in float32.
     """
     model = model_from_checkpoint(checkpoint, dtype)
+    if checkpoint.task == VLM_DECODER:
+        cut_to_language_half(model)
     if is_half(checkpoint.task):
         half: Any = model
         half.forward = _encoder_forward(model) if checkpoint.task == SEQ2SEQ_ENCODER else _decoder_forward(model)

@@ -27,8 +27,9 @@ from calib.tensor_files import TensorEntry, tensor_entries_from_directory
 from calib.tensor_names import is_outside_body, tensors_of_causal_lm, tensors_of_module
 from fptq_export.errors import UserError
 from fptq_export.experts.unstack import stacked_experts, unstack_experts
+from fptq_export.language_half import check_language_half
 from fptq_export.progress import Progress
-from fptq_export.tasks import CAUSAL_LM, ENCODER, Task, auto_class, build_options
+from fptq_export.tasks import CAUSAL_LM, ENCODER, VLM_DECODER, Task, auto_class, build_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ class Checkpoint:
     config: PreTrainedConfig
     tensors: Mapping[str, TensorEntry]
     """By torch path of the causal LM, also where the file leaves the base model's prefix out; of an encoder, by torch
-    path of its body, and those of the body only. A half of an encoder-decoder has those of the whole."""
+    path of its body, and those of the body only. A half of an encoder-decoder or of a vision-language model
+    has those of the whole."""
     trust_remote_code: bool = False
     given: GivenWeights | None = None
     """INT4 codes that came with the model; the tensors are then those codes, dequantized."""
@@ -139,12 +141,15 @@ def checkpoint_from_directory(
     config = read_config(directory, trust_remote_code, quantized)
     found = task_of_model(config, task, directory, trust_remote_code=trust_remote_code)
     if quantized and found != CAUSAL_LM:
-        cause = "is a quantized checkpoint of an encoder, and those of language models only are read"
+        cause = "is a quantized checkpoint, and only those of causal language models are read"
         raise UserError(str(directory), cause, "give the original FP16, BF16 or FP32 model")
     entries = tensor_entries_from_directory(directory)
     checkpoint = Checkpoint(directory, name, config, entries, trust_remote_code, task=found)
     if found != CAUSAL_LM:
-        return replace(checkpoint, tensors=tensors_of_module(entries, skeleton_from_checkpoint(checkpoint)))
+        skeleton = skeleton_from_checkpoint(checkpoint)
+        if found == VLM_DECODER:
+            check_language_half(skeleton)
+        return replace(checkpoint, tensors=tensors_of_module(entries, skeleton))
     checkpoint = replace(checkpoint, tensors=tensors_of_causal_lm(entries, config))
     return checkpoint if quantized or not may_hold_experts(checkpoint.tensors) else _with_unstacked_experts(checkpoint)
 

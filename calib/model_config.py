@@ -12,7 +12,16 @@ from transformers import AutoConfig
 
 from calib.quiet import quiet_transformers
 from fptq_export.errors import UserError
-from fptq_export.tasks import CAUSAL_LM, ENCODER, SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, Task, has_halves, task_from_config
+from fptq_export.tasks import (
+    CAUSAL_LM,
+    ENCODER,
+    SEQ2SEQ_DECODER,
+    SEQ2SEQ_ENCODER,
+    VLM_DECODER,
+    Task,
+    has_halves,
+    task_from_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,6 +48,7 @@ _NAMES: Mapping[Task, str] = {
     ENCODER: "encoder",
     SEQ2SEQ_ENCODER: "encoder-decoder from text to text",
     SEQ2SEQ_DECODER: "encoder-decoder from text to text",
+    VLM_DECODER: "model from images and text to text",
 }
 
 

@@ -26,7 +26,9 @@ class RunOptions(BaseModel):
     """Where the engine goes; None builds none."""
     target: str | None = None
     """`tensorrt`, `tensorrt-rtx`, `onnx`; None picks what this machine can build."""
-    task: Literal["auto", "causal-lm", "encoder", "seq2seq", "seq2seq-encoder", "seq2seq-decoder"] = "auto"
+    task: Literal["auto", "causal-lm", "encoder", "seq2seq", "seq2seq-encoder", "seq2seq-decoder", "vlm-decoder"] = (
+        "auto"
+    )
     """What the model is exported as; `auto` takes what its config says. `seq2seq` is both halves of an encoder-decoder,
     each a run of its own."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"

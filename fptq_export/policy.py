@@ -235,6 +235,8 @@ class Policy(_Model):
     """Site id -> how it is equalized, whatever the tiers of its layers. Sites of `lae_static` layers need no entry."""
     convolutions: dict[str, ConvolutionPolicy] = Field(default_factory=dict, exclude_if=lambda found: not found)
     """Path -> what it runs, of graphs that the user gave."""
+    outside: tuple[str, ...] = Field(default=(), exclude_if=lambda found: not found)
+    """Torch paths of modules of the model that are no part of the graph and stay as they are: a vision tower."""
 
     def quantized(self) -> dict[str, LayerPolicy]:
         """The layers whose weights are integers, by torch path."""

@@ -159,6 +159,8 @@ class Sites(_Model):
     convolutions: tuple[Convolution, ...] = Field(default=(), exclude_if=lambda found: not found)
     max_sequence: PositiveInt | None = None
     """Most tokens of a sequence that the graph takes, where tracing found a limit (a table of positions)."""
+    outside: tuple[str, ...] = Field(default=(), exclude_if=lambda found: not found)
+    """Torch paths of the modules that the graph is not meant to hold: vision tower and projector of a language half."""
 
     def linear(self, path: str) -> Linear:
         """The linear at a torch path. Raises KeyError when there is none."""

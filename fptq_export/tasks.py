@@ -1,8 +1,9 @@
 """What a model is exported as: a causal language model with a cache, or an encoder that gives hidden states.
 
 An encoder-decoder is exported as its two halves, a graph each: an encoder, and a decoder that reads what the encoder
-gives. Which of these a checkpoint is follows from its config and from transformers' own mappings; there is no list of
-families here. transformers is imported by the functions, not by the module.
+gives. A vision-language model is exported as its language half, a decoder that reads embeddings. Which of these a
+checkpoint is follows from its config and from transformers' own mappings; there is no list of families here.
+transformers is imported by the functions, not by the module.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "SEQ2SEQ",
     "SEQ2SEQ_DECODER",
     "SEQ2SEQ_ENCODER",
+    "VLM_DECODER",
     "Half",
     "Task",
     "auto_class",
@@ -32,13 +34,15 @@ __all__ = [
 ]
 
 Half = Literal["seq2seq-encoder", "seq2seq-decoder"]
-Task = Literal["causal-lm", "encoder"] | Half
+Task = Literal["causal-lm", "encoder", "vlm-decoder"] | Half
 CAUSAL_LM: Final = "causal-lm"
 ENCODER: Final = "encoder"
 SEQ2SEQ: Final = "seq2seq"
 """Both halves of an encoder-decoder: no task of its own, since it is no single graph."""
 SEQ2SEQ_ENCODER: Final = "seq2seq-encoder"
 SEQ2SEQ_DECODER: Final = "seq2seq-decoder"
+VLM_DECODER: Final = "vlm-decoder"
+"""The language half of a vision-language model, behind its embeddings."""
 HALF_DIRECTORIES: Mapping[Half, str] = {SEQ2SEQ_ENCODER: "encoder", SEQ2SEQ_DECODER: "decoder"}
 """Each half -> the folder of its run, in the order in which they run."""
 
@@ -51,14 +55,21 @@ def task_from_config(
     Rules, the first that holds:
         1. A wanted task is taken where transformers, or trusted code of the model, has a class for it. An encoder is
            then the body of any model that is not an encoder-decoder, a decoder's too.
-        2. The config names its class and that is the causal one of its type: a causal language model.
-        3. The type has a masked language model and is neither a decoder nor an encoder-decoder: an encoder.
-        4. The type has a causal language model and is no encoder-decoder.
+        2. The type has one class, from images and text to text, that also stands for its causal one: its language half.
+        3. The config names its class and that is the causal one of its type: a causal language model.
+        4. The type has a masked language model and is neither a decoder nor an encoder-decoder: an encoder.
+        5. The type has a causal language model and is no encoder-decoder.
+        6. The type has a model from images and text to text, and is no encoder-decoder: its language half.
 
     Returns:
         None where no rule holds: for an encoder-decoder, which is no single graph (`has_halves`), among others.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_MAPPING,
+    )
 
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
     kind = type(config)
@@ -69,15 +80,22 @@ def task_from_config(
     if wanted == ENCODER:
         has_body = kind in MODEL_MAPPING or "AutoModel" in remote
         return ENCODER if has_body and not config.is_encoder_decoder else None
+    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder
+    if wanted == VLM_DECODER:
+        return VLM_DECODER if sees else None
     if wanted is not None:
         return wanted if has_halves(config) else None
+    if sees and causal and MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) is MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]:
+        return VLM_DECODER
     if _names_causal_class(config):
         return CAUSAL_LM
     if config.is_encoder_decoder:
         return None
     if masked and not getattr(config, "is_decoder", False):
         return ENCODER
-    return CAUSAL_LM if causal else None
+    if causal:
+        return CAUSAL_LM
+    return VLM_DECODER if sees else None
 
 
 def has_halves(config: PreTrainedConfig) -> bool:
@@ -100,10 +118,12 @@ def gives_hidden_states(task: Task) -> bool:
 
 def auto_class(task: Task) -> Any:
     """The class of transformers that builds and loads models of a task; of a half, the whole model."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
     if is_half(task):
         return AutoModelForSeq2SeqLM
+    if task == VLM_DECODER:
+        return AutoModelForImageTextToText
     return AutoModel if task == ENCODER else AutoModelForCausalLM
 
 

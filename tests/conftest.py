@@ -59,12 +59,12 @@ def trace_once() -> Iterator[None]:
 
     Whatever gives a model asks for it.
     """
-    from fptq_export.trace import decoder_from_hf, encoder_from_hf, from_hf
+    from fptq_export.trace import decoder_from_hf, encoder_from_hf, from_hf, language_half_from_hf
     from tests.support.trace_once import remembered
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, task in ((from_hf, ""), (encoder_from_hf, "encoder_"), (decoder_from_hf, "decoder_")):
-            name = f"traced_{task}from_config"
+        for module in (from_hf, encoder_from_hf, decoder_from_hf, language_half_from_hf):
+            name = f"traced_{module.__name__.rpartition('.')[2].replace('from_hf', 'from_config')}"
             patch.setattr(module, name, remembered(getattr(module, name)))
         yield
 
@@ -174,21 +174,28 @@ def make_model_dir(
 ) -> ModelDirFactory:
     """Give a function that writes a randomly initialised model of any config, with the tiny tokenizer (FP32).
 
-    A causal LM, an encoder with its head for masked tokens, or an encoder-decoder.
+    A causal LM, an encoder with its head for masked tokens, an encoder-decoder, or a vision-language model.
 
     Norm weights and all biases are drawn too: a freshly initialised norm is 1 and 0, which hides every folding error.
     """
 
     def make(config: PretrainedConfig) -> Path:
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoModelForMaskedLM,
+            AutoModelForSeq2SeqLM,
+        )
 
-        from fptq_export.tasks import ENCODER, has_halves, task_from_config
+        from fptq_export.tasks import ENCODER, VLM_DECODER, has_halves, task_from_config
 
         torch.manual_seed(0)
         auto_class: Any = AutoModelForMaskedLM if task_from_config(config) == ENCODER else AutoModelForCausalLM
         if has_halves(config):
             auto_class = AutoModelForSeq2SeqLM
+        if task_from_config(config) == VLM_DECODER:
+            auto_class = AutoModelForImageTextToText
         model = auto_class.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

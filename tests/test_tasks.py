@@ -12,6 +12,7 @@ from fptq_export.tasks import (
     ENCODER,
     SEQ2SEQ_DECODER,
     SEQ2SEQ_ENCODER,
+    VLM_DECODER,
     Task,
     build_options,
     has_halves,
@@ -33,6 +34,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Task | None]] = {
     "encoder-decoder whose type has a decoder of its own": ("BartConfig", {}, None),
     "encoder-decoder of speech": ("WhisperConfig", {}, None),
     "images": ("ViTConfig", {}, None),
+    "images and text": ("LlavaConfig", {"architectures": ["LlavaForConditionalGeneration"]}, VLM_DECODER),
+    "images and text, with a causal class that is the same": ("Gemma3Config", {}, VLM_DECODER),
+    "text alone of a type that sees": ("Gemma3TextConfig", {}, CAUSAL_LM),
 }
 
 
@@ -54,6 +58,9 @@ def test_a_config_says_what_its_model_is(case: str) -> None:
         ("T5Config", SEQ2SEQ_DECODER, SEQ2SEQ_DECODER),
         ("LlamaConfig", SEQ2SEQ_DECODER, None),
         ("WhisperConfig", SEQ2SEQ_DECODER, None),
+        ("LlavaConfig", VLM_DECODER, VLM_DECODER),
+        ("LlavaConfig", CAUSAL_LM, None),
+        ("LlamaConfig", VLM_DECODER, None),
     ],
 )
 def test_a_wanted_task_is_taken_where_there_is_a_class(name: str, wanted: Task, task: Task | None) -> None:

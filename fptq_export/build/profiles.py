@@ -7,6 +7,7 @@ and the engine grows from 139 to 165 MB, while RTX specializes kernels at run ti
 | input | shape | range |
 |---|---|---|
 | `input_ids`, `position_ids` | [batch, sequence] | batch 1..max_batch_size, sequence 1..max_input_len |
+| `inputs_embeds` | [batch, sequence, hidden] | the same |
 | `past_key_values.N.key`, `.value` | [batch, heads, past, head_dim] | past 0..max_kv_len |
 | `attention_mask` | [batch, past + sequence] | 1..max_kv_len + max_input_len |
 | `encoder_hidden_states` | [batch, source, hidden] | source 1..max_input_len |
@@ -57,8 +58,8 @@ _CONTRACT = (
     (r"attention_mask", 1, "total"),
     (r"past_key_values\..*", 2, "past"),
     (r"past_key_values\..*", 0, "batch"),
-    (r"input_ids", 1, "sequence"),
-    (r"input_ids", 0, "batch"),
+    (r"input_ids|inputs_embeds", 1, "sequence"),
+    (r"input_ids|inputs_embeds", 0, "batch"),
 )
 """(input, axis, role) of the exported graphs. Later lines win: an encoder's mask has the symbol of `input_ids`."""
 

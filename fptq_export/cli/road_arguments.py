@@ -36,8 +36,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--task",
         metavar="NAME",
-        help="auto, causal-lm, encoder (hidden states, no cache), seq2seq (an encoder-decoder, two runs), or one of"
-        " its halves: seq2seq-encoder, seq2seq-decoder [what config.json says]",
+        help="auto, causal-lm, encoder (hidden states, no cache), seq2seq (an encoder-decoder, two runs), one of its"
+        " halves (seq2seq-encoder, seq2seq-decoder), or vlm-decoder (behind embeddings) [what config.json says]",
     )
     group.add_argument("--dtype", metavar="TYPE", help="fp16, bf16 or fp32: type of what is not quantized [fp16]")
     group.add_argument(

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import read_sites
-from fptq_export.tasks import ENCODER, is_half
+from fptq_export.tasks import ENCODER, VLM_DECODER, is_half
+from fptq_export.verify.embedding_session import OnnxEmbeddingSession
 from fptq_export.verify.sessions import CausalSession, OnnxCausalSession
 
 __all__ = ["RUNS", "Source", "chosen_systems", "opened_session", "opened_system", "source_from_option"]
@@ -56,10 +58,11 @@ class Source:
         if self.directory is None:
             return ()
         run = self.directory
+        embeddings = (run.embeddings,) if self.checkpoint.task == VLM_DECODER else ()
         return {
             "float": (),
             "fake-quant": (run.policy, arrays_path(run.policy), run.sites),
-            "onnx": (run.w4a8, data_path(run.w4a8)),
+            "onnx": (run.w4a8, data_path(run.w4a8), *embeddings),
         }[system]
 
     def problem(self, system: System) -> str | None:
@@ -186,12 +189,17 @@ def opened_session(source: Source, system: System, dtype: torch.dtype = torch.fl
     """
     try:
         if system == "onnx":
-            (graph, _) = source.files(system)
-            yield OnnxCausalSession(graph, threads=None, name=system, all_logits=True)
+            yield _graph_session(source, system)
         else:
             yield TorchCausalSession(_torch_model(source, system, dtype), system)
     finally:
         gc.collect()
+
+
+def _graph_session(source: Source, system: System) -> OnnxCausalSession:
+    graph, _, *embeddings = source.files(system)
+    open_graph = partial(OnnxEmbeddingSession, graph, *embeddings) if embeddings else partial(OnnxCausalSession, graph)
+    return open_graph(threads=None, name=system, all_logits=True)
 
 
 def _torch_model(source: Source, system: System, dtype: torch.dtype) -> PreTrainedModel:

@@ -30,10 +30,11 @@ from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.policy_stage import PolicyInputs, policy_stage
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage, StageRunner
+from fptq_export.pipeline.trace_stage import trace_stage
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
-from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, gives_hidden_states
+from fptq_export.tasks import SEQ2SEQ_DECODER, VLM_DECODER, gives_hidden_states
 
 if TYPE_CHECKING:
     from calib.load import Checkpoint
@@ -170,30 +171,9 @@ class _Road:
 
     def _trace(self) -> None:
         from fptq_export.rewrite import check_form
-        from fptq_export.trace import trace
 
-        checkpoint = self._checkpoint
-
-        def run() -> None:
-            trace(
-                checkpoint.config,
-                {name: entry.stored for name, entry in checkpoint.tensors.items()},
-                self._options.dtype,
-                self._dir.model,
-                self._dir.sites,
-                self._progress,
-                trust_remote_code=self._options.trust_remote_code,
-                task=checkpoint.task,
-            )
-
-        parts = {
-            **self._option_parts("dtype"),
-            **({} if checkpoint.task == CAUSAL_LM else {"task": checkpoint.task}),
-            "libraries": [library_versions()[name] for name in ("torch", "transformers")],
-        }
-        self._stage(
-            "trace", parts, self._weight_files, (self._dir.model, data_path(self._dir.model), self._dir.sites), run
-        )
+        work = (self._options, self._dir, self._progress)
+        self._runner.run(trace_stage(self._checkpoint, self._weight_files, *work))
         if self._dir.model.is_file():  # an earlier run that ended well may have removed it
             check_form(self._dir.model, self._form)
 
@@ -263,14 +243,16 @@ class _Road:
         if not self._options.verify:
             self._runner.skip("verify")
             return
-        encoder = gives_hidden_states(self._models.given.task)
+        task = self._models.given.task
+        encoder = gives_hidden_states(task)
         parts = ("eval_text", "eval_sentences", "seed") if encoder else ("eval_windows", "decode_steps")
         files = (self._dir.w4a8, data_path(self._dir.w4a8), *weight_files(self._models.given), *self._tokenizer_files)
         texts = tuple(path for path in (Path(self._options.eval_text),) if encoder and path.is_file())
+        embeddings = (self._dir.embeddings,) if task == VLM_DECODER else ()
         self._stage(
             "verify",
             {**self._option_parts("eval_seq", *parts), "python": platform.python_version()},
-            (*files, *texts),
+            (*files, *texts, *embeddings),
             (self._dir.verify,),
             lambda: write_json_model(self._report(), self._dir.verify),
         )
@@ -284,7 +266,9 @@ class _Road:
         given, w4a8, work = self._models.given, self._dir.w4a8, (self._options, self._progress)
         if gives_hidden_states(given.task):
             return verify_encoder(given, w4a8, self._sites, *work)
-        return (verify_decoder if given.task == SEQ2SEQ_DECODER else verify)(given, w4a8, *work)
+        if given.task == SEQ2SEQ_DECODER:
+            return verify_decoder(given, w4a8, *work)
+        return verify(given, w4a8, *work, embeddings=self._dir.embeddings if given.task == VLM_DECODER else None)
 
     def _interchange(self) -> None:
         from fptq_export.pipeline.checkpoint import write_run_as_checkpoint

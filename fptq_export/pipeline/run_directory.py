@@ -36,6 +36,11 @@ class RunDirectory:
         return self.path / "model.onnx"
 
     @property
+    def embeddings(self) -> Path:
+        """The embedding of every token, where the graph reads embeddings."""
+        return self.path / "embeddings.safetensors"
+
+    @property
     def sites(self) -> Path:
         """Linears and fold sites of the graph."""
         return self.path / "sites.json"

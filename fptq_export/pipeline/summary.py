@@ -75,7 +75,19 @@ def policy_rows(manifest: Manifest) -> list[tuple[str, str]]:
         rows.append(("bits per quantized weight, scales included", f"{bits:.3f}"))
     if (effective := record.summary.get("effective_bits")) is not None:
         rows.append(("bits per weight of all linears, 16 where float", f"{effective:.3f}"))
-    return rows
+    return rows + _outside_rows(manifest)
+
+
+def _outside_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """Of the language half of a model that sees: what stays in torch, and what calibration did not see."""
+    record = manifest.stages.get("trace")
+    outside = record.summary.get("outside") if record is not None else None
+    if not outside:
+        return []
+    return [
+        ("not part of the graph, stays in float", ", ".join(outside)),
+        ("calibrated and verified on", "embeddings of text, none of images"),
+    ]
 
 
 def _form_rows(manifest: Manifest) -> list[tuple[str, str]]:

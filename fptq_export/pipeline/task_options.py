@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.sites import Sites
-from fptq_export.tasks import CAUSAL_LM, ENCODER, SEQ2SEQ, SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, Half, Task
+from fptq_export.tasks import CAUSAL_LM, ENCODER, SEQ2SEQ, SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, VLM_DECODER, Half, Task
 
 __all__ = ["check_cache", "check_length", "check_task_options", "options_for_half", "wanted_task"]
 
@@ -40,17 +40,24 @@ _NOT_FOR_HALVES = {
     "sequential": "only causal language models and encoders are quantized block by block",
     "reconstruct_blocks": "only causal language models are quantized block by block",
 }
+_NOT_FOR_LANGUAGE_HALVES = {
+    "adapter": "it may belong to the vision tower too; merge it with peft, and give the merged model",
+    "rotate": "embeddings of images would have to be rotated as well",
+    "checkpoint": "checkpoints are written of causal language models only",
+}
 _REFUSED: Mapping[Task, Mapping[str, str]] = {
     CAUSAL_LM: _OF_ENCODERS,
     ENCODER: {**_NOT_FOR_ENCODERS, **_OF_DECODERS},
     SEQ2SEQ_ENCODER: {**_NOT_FOR_HALVES, **_NOT_FOR_ENCODERS, **_OF_DECODERS},
     SEQ2SEQ_DECODER: {**_NOT_FOR_HALVES, **_OF_ENCODERS},
+    VLM_DECODER: {**_NOT_FOR_LANGUAGE_HALVES, **_OF_ENCODERS},
 }
 _NAMES: Mapping[Task, str] = {
     CAUSAL_LM: "a causal language model",
     ENCODER: "an encoder",
     SEQ2SEQ_ENCODER: "the encoder of an encoder-decoder",
     SEQ2SEQ_DECODER: "the decoder of an encoder-decoder",
+    VLM_DECODER: "the language half of a vision-language model",
 }
 
 
@@ -76,7 +83,7 @@ def check_task_options(options: RunOptions, task: Task) -> None:
             cause = f"given for {_NAMES[task]}: {cause}"
             raise UserError(f"--{name.replace('_', '-')}", cause, "leave it out")
     if task != CAUSAL_LM and options.policy == "auto":
-        cause = f"weighs errors by what they do to a language model's tokens, and this is {_NAMES[task]}"
+        cause = f"weighs errors by what they do to the tokens of a causal language model, and this is {_NAMES[task]}"
         raise UserError("--policy auto", cause, "use the paper's rule, with --equalizer search for accuracy")
     if options.eval_text == "random":
         hint = "give builtin, a .txt, .jsonl or .npz file, or the id of a data set"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from fptq_export.progress import Progress
 from fptq_export.verify.all_logits import gives_last_only
 from fptq_export.verify.compare import PROMPT_TOKENS, compare_sessions
 from fptq_export.verify.decode import CacheBound
+from fptq_export.verify.embedding_session import OnnxEmbeddingSession
 from fptq_export.verify.encoder_report import EncoderReport, gate_cosine, report_from_file
 from fptq_export.verify.graph_report import GraphReport, gate_outputs
 from fptq_export.verify.last_token import last_token_figures, last_token_rows
@@ -25,17 +28,32 @@ from fptq_export.verify.sessions import OnnxCausalSession
 
 __all__ = ["check_gates", "verify"]
 
+_OpenGraph = Callable[..., OnnxCausalSession]
+"""Opens the quantized graph; takes the options of a session."""
 
-def verify(checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Progress) -> VerifyReport:
+
+def verify(
+    checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Progress, *, embeddings: Path | None = None
+) -> VerifyReport:
     """Compare the quantized graph with the FP32 model on held-out text.
 
     A graph that gives the logits of the last token only is compared in the form that gives all of them, and the file
     itself with that form.
+
+    Args:
+        checkpoint: The float model.
+        w4a8: The quantized graph.
+        options: Of the run.
+        progress: Where the comparison is reported.
+        embeddings: The table of token embeddings, where the graph reads embeddings: what is compared is text.
     """
+    open_graph: _OpenGraph = partial(OnnxCausalSession, w4a8, threads=None)
+    if embeddings is not None:
+        open_graph = partial(OnnxEmbeddingSession, w4a8, embeddings, threads=None)
     windows = held_out_windows(tokenizer_from_checkpoint(checkpoint), options.eval_windows, options.eval_seq)
-    last = _last_token_figures(w4a8, windows[0], options) if gives_last_only(w4a8) else None
+    last = _last_token_figures(open_graph, windows[0], options) if gives_last_only(w4a8) else None
     reference = TorchCausalSession(model_from_checkpoint(checkpoint, torch.float32), "torch fp32")
-    candidate = OnnxCausalSession(w4a8, threads=None, name=w4a8.name, all_logits=True)
+    candidate = open_graph(name=w4a8.name, all_logits=True)
     report = compare_sessions(
         reference,
         candidate,
@@ -48,14 +66,11 @@ def verify(checkpoint: Checkpoint, w4a8: Path, options: RunOptions, progress: Pr
     return report.model_copy(update={"polygraphy": polygraphy, "last_token": last})
 
 
-def _last_token_figures(w4a8: Path, window: NDArray[np.int64], options: RunOptions) -> LastTokenFigures:
+def _last_token_figures(open_graph: _OpenGraph, window: NDArray[np.int64], options: RunOptions) -> LastTokenFigures:
     """The file against its form that gives all logits, one in memory at a time."""
     prompt = max(1, min(PROMPT_TOKENS, len(window) - options.decode_steps))
     text = window[: prompt + options.decode_steps]
-    last, every = (
-        last_token_rows(OnnxCausalSession(w4a8, threads=None, all_logits=all_logits), text, prompt)
-        for all_logits in (False, True)
-    )
+    last, every = (last_token_rows(open_graph(all_logits=all_logits), text, prompt) for all_logits in (False, True))
     return last_token_figures(last, every, options.dtype)
 
 

@@ -24,7 +24,7 @@ CACHE_DIM = "cache"
 """Name of the dimension that was `past`, `past + sequence` or `total`."""
 
 _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
-_TOKENS = ("input_ids", "position_ids")
+_TOKENS = ("input_ids", "inputs_embeds", "position_ids")
 _SEQUENCE_AXIS = 2
 _GROWING = frozenset({"past", "total", "past+sequence", "sequence+past"})
 _MASK = frozenset(

@@ -1,4 +1,4 @@
-"""Trace: a Hugging Face model, decoder, encoder or a half of both -> `model.onnx` and `sites.json`."""
+"""Trace: a Hugging Face model, decoder, encoder or a half of a larger one -> `model.onnx` and `sites.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fptq_export.graph_io import data_path, save_graph, write_weights
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, write_sites
 from fptq_export.stored_tensor import StoredTensor
-from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, Task, gives_hidden_states
+from fptq_export.tasks import CAUSAL_LM, SEQ2SEQ_DECODER, VLM_DECODER, Task, gives_hidden_states
 from fptq_export.trace.clean_up import clean_up, strip_trace_metadata
 from fptq_export.trace.expand_gemm import expand_gemm
 from fptq_export.trace.find_sites import sites_from_graph
@@ -46,7 +46,8 @@ def trace(
         sites_path: Where `sites.json` goes.
         progress: Where to report.
         trust_remote_code: Whether code from the model repository may run.
-        task: A causal language model with its cache, an encoder, or a half of an encoder-decoder.
+        task: A causal language model with its cache, an encoder, or a half of an encoder-decoder or of a
+            vision-language model.
 
     Returns:
         What was written to `sites_path`.
@@ -64,7 +65,7 @@ def trace(
         transpose_linear_weights(graph)
         clean_up(graph)
         sites = sites_from_graph(graph, traced.linears, traced.roles)
-        sites = sites.model_copy(update={"max_sequence": traced.max_sequence})
+        sites = sites.model_copy(update={"max_sequence": traced.max_sequence, "outside": traced.outside})
         strip_trace_metadata(graph)
     with progress.task("Writing the weights", total=None, unit="tensors") as writing:
         write_weights(graph, data_path(model_path), lambda done, total: writing.update(done, total))
@@ -78,8 +79,10 @@ def _traced(config: PretrainedConfig, dtype: str, task: Task, trust_remote_code:
     from fptq_export.trace.decoder_from_hf import traced_decoder_from_config
     from fptq_export.trace.encoder_from_hf import traced_encoder_from_config
     from fptq_export.trace.from_hf import traced_from_config
+    from fptq_export.trace.language_half_from_hf import traced_language_half_from_config
 
     if gives_hidden_states(task):
         return traced_encoder_from_config(config, dtype, trust_remote_code=trust_remote_code, task=task)
-    from_config = traced_decoder_from_config if task == SEQ2SEQ_DECODER else traced_from_config
+    of_part = {SEQ2SEQ_DECODER: traced_decoder_from_config, VLM_DECODER: traced_language_half_from_config}
+    from_config = of_part.get(task, traced_from_config)
     return from_config(config, dtype, trust_remote_code=trust_remote_code)

@@ -43,6 +43,8 @@ __all__ = [
     "name_initializers",
     "quiet",
     "refuse_stacked_weights",
+    "run_with_cache",
+    "sample_inputs",
     "sample_past",
     "tied_parameters",
     "traced_from_config",
@@ -75,6 +77,7 @@ class TracedModel:
         linears: Every linear of the model, torch path -> (in_features, out_features).
         roles: What is special about some of them.
         max_sequence: Most tokens of a sequence that the model's code takes, where torch found a limit in it.
+        outside: Torch paths of modules with weights that the graph is not meant to hold.
     """
 
     graph: ir.Model
@@ -83,6 +86,7 @@ class TracedModel:
     linears: Mapping[str, tuple[int, int]]
     roles: Mapping[str, LinearRole]
     max_sequence: int | None = None
+    outside: tuple[str, ...] = ()
 
 
 class _FlatCausalLM(nn.Module):
@@ -100,15 +104,23 @@ class _FlatCausalLM(nn.Module):
         past_key_values: list[KeyValue],
     ) -> tuple[torch.Tensor, list[KeyValue]]:
         """Logits [batch, sequence, vocab], and keys and values [batch, heads, total, head_dim] of every layer."""
-        cache = DynamicCache(past_key_values)
-        output = self.wrapped(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.logits, keys_and_values(cache)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return run_with_cache(self.wrapped, inputs, past_key_values)
+
+
+def run_with_cache(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], past_key_values: list[KeyValue]
+) -> tuple[torch.Tensor, list[KeyValue]]:
+    """Logits, and the cache after a call, as plain tensors.
+
+    Args:
+        model: A causal language model.
+        inputs: What it is called with beside the cache.
+        past_key_values: The cache before the call.
+    """
+    cache = DynamicCache(past_key_values)
+    output = model(**inputs, past_key_values=cache, use_cache=True)
+    return output.logits, keys_and_values(cache)
 
 
 def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_code: bool = False) -> TracedModel:
@@ -139,7 +151,7 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
             ids = torch.zeros(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.long)
             cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
             past = sample_past(model, torch_dtype, cache)
-            graph = graph_with_cache(_FlatCausalLM(model), _sample_inputs(), past)
+            graph = graph_with_cache(_FlatCausalLM(model), sample_inputs(), past)
     name_initializers(graph)
     tokens = ("batch", "sequence")
     names = {"input_ids": tokens, "position_ids": tokens, "attention_mask": ("batch", "total")}
@@ -221,7 +233,8 @@ def keys_and_values(cache: DynamicCache) -> list[KeyValue]:
     return pairs
 
 
-def _sample_inputs() -> dict[str, torch.Tensor]:
+def sample_inputs() -> dict[str, torch.Tensor]:
+    """Samples of the inputs before the cache."""
     ids = torch.zeros(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.long)
     mask = torch.ones(SAMPLE_BATCH, _SAMPLE_PAST + SAMPLE_SEQUENCE, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.zeros_like(ids)}

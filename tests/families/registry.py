@@ -1,7 +1,7 @@
 """The model families of the support table: one entry a family, a tiny model each.
 
-A new entry is all that a new family needs: every test of this folder runs over `FAMILIES`. The cells of `HALVES` are
-tests of `tests/halves`.
+A new entry is all that a new family needs: every test of this folder runs over `FAMILIES`. The cells of `HALVES`
+and `LANGUAGE_HALF` are tests of `tests/halves`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "HALVES", "ROWS", "Family", "config_of"]
+__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "HALVES", "LANGUAGE_HALF", "ROWS", "Family", "config_of"]
 
 _SPREAD = 0.15
 """Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits."""
@@ -275,7 +275,10 @@ HALVES = (
 )
 """Of encoder-decoders, one graph each."""
 
-ROWS = (*FAMILIES, *HALVES)
+LANGUAGE_HALF = Family("LLaVA, language half", "LlavaConfig", {}, _GATED, _ATTENTION, run="llava_run")
+"""Of a vision-language model, behind its embeddings."""
+
+ROWS = (*FAMILIES, *HALVES, LANGUAGE_HALF)
 """In the order of the support table."""
 
 

@@ -1,4 +1,4 @@
-"""One run of each half of a tiny T5, from config to engines."""
+"""One run of each half of a tiny T5, and of the language half of a tiny LLaVA, from config to engines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fptq_export.sites import read_sites
 from tests.families.registry import HALVES as FAMILIES_OF_HALVES
 from tests.support.models import model_once, tiny_t5
 from tests.support.traced import Traced
+from tests.support.vision_language import tiny_llava
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,6 +31,7 @@ SHORT = ("--dtype", "fp32", "--calib-size", "4", "--calib-seq", "64", "--eval-se
 OF_HALF = {"encoder": ("--eval-sentences", "9"), "decoder": ("--eval-windows", "1", "--decode-steps", "4")}
 TIERS = ("--v0", "3", "--v1", "6")
 """Thresholds between the magnitudes of the tiny model's inputs, so that each half has all three tiers."""
+TIERS_OF_LLAVA = ("--v0", "4", "--v1", "6")
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +70,31 @@ def t5_run(half_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         assert main([*words, "--engine", str(plan), *SHORT, *OF_HALF[half], *TIERS]) == 0
         logging.disable(logging.NOTSET)
     return directory / "run"
+
+
+@pytest.fixture(scope="session")
+def llava_dir(make_model_dir: ModelDirFactory) -> Path:
+    """A tiny LLaVA."""
+    return model_once(make_model_dir, tiny_llava())
+
+
+@pytest.fixture(scope="session")
+def llava_run(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run/` of the language half of LLaVA, `out.plan` beside it. Not to be changed: copy it."""
+    from fptq_export.cli import main
+
+    directory = tmp_path_factory.mktemp("llava")
+    engine = ("--engine", str(directory / "out.plan"), "--compute-capability", "8.9")
+    words = (str(llava_dir), "-o", str(directory / "run"), *engine, "--builder-optimization-level", "0")
+    assert main([*words, *SHORT, *OF_HALF["decoder"], *TIERS_OF_LLAVA]) == 0
+    logging.disable(logging.NOTSET)
+    return directory / "run"
+
+
+@pytest.fixture(scope="session")
+def llava_graph(llava_run: Path, llava_dir: Path) -> Traced:
+    """Its traced graph in FP32."""
+    return Traced(llava_run / "model.onnx", read_sites(llava_run / "sites.json"), llava_dir, "fp32")
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def test_the_gate_stops_before_the_engine(
     reference = report.reference_perplexity.model_copy(update={"perplexity": 10.0})
     worse = report.reference_perplexity.model_copy(update={"perplexity": 11.0})
     planted = report.model_copy(update={"reference_perplexity": reference, "candidate_perplexity": worse})
-    monkeypatch.setattr("fptq_export.pipeline.verification.verify", lambda *_: planted)
+    monkeypatch.setattr("fptq_export.pipeline.verification.verify", lambda *_, **_options: planted)
     monkeypatch.setattr("fptq_export.pipeline.engine.build", build_stand_in)
     engine = tmp_path / "gated.plan"
     words = (tiny_llama_dir, "-o", run_copy, "--engine", engine, *SMALL, "--decode-steps", "5")

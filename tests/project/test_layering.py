@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
     {
-        *("cpu", "errors", "experts", "files", "graph_io", "halves", "memory", "numerics"),
+        *("cpu", "errors", "experts", "files", "graph_io", "halves", "language_half", "memory", "numerics"),
         *(
             "options",
             "packing",
