@@ -22,7 +22,7 @@ from fptq_export.diff.record import Comparison, Course, StoredLogits, compared_w
 from fptq_export.diff.report import CandidateDiff, DiffReport, GreedyFigures, PartFigures, RunRecord
 from fptq_export.diff.save_io import save_io
 from fptq_export.errors import UserError
-from fptq_export.evaluate.systems import RUNS, Source, opened_session, source_from_option
+from fptq_export.evaluate.systems import RUNS, Source, graph_session, opened_session, source_from_option
 from fptq_export.files import PARTIAL_SUFFIX, sha256_from_file, write_json_model
 from fptq_export.memory import PeakMemory
 from fptq_export.package.manifest import Manifest, read_manifest
@@ -104,7 +104,8 @@ def run_diff(options: DiffOptions, command: str, progress: Progress) -> tuple[Di
             write_json_model(report, output.path / DIFF_FILE)
         if options.save_io is not None:
             with progress.task("Writing inputs and outputs", total=None):
-                save_io(work.graph, work.course, reference, record.runs, options.save_io)
+                session = graph_session(work.source, "onnx", all_logits=False)
+                save_io(session, work.graph, work.course, reference, record.runs, options.save_io)
     return report, output.path / DIFF_FILE
 
 

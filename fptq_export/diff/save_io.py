@@ -43,11 +43,19 @@ class SavedCall:
     """[1, S, V], or [1, 1, V] where the graph gives those of the last token; in the graph's type."""
 
 
-def save_io(graph: Path, course: Course, reference: StoredLogits, reference_name: str, directory: Path) -> None:
+def save_io(
+    session: OnnxCausalSession,
+    graph: Path,
+    course: Course,
+    reference: StoredLogits,
+    reference_name: str,
+    directory: Path,
+) -> None:
     """Write the two calls.
 
     Args:
-        graph: `model.w4a8.onnx`: its types, its inputs, and the cache that its own prefill gives.
+        session: Of the graph: its inputs, and the cache that its own prefill gives.
+        graph: `model.w4a8.onnx`.
         course: Whose first window is used.
         reference: Logits of the same window.
         reference_name: What Polygraphy calls their source.
@@ -56,7 +64,6 @@ def save_io(graph: Path, course: Course, reference: StoredLogits, reference_name
     Raises:
         UserError: The graph cannot run, or has a type that Polygraphy's files cannot hold.
     """
-    session = OnnxCausalSession(graph, threads=None)
     head = course.windows[:1, : course.head]
     token = course.windows[:1, course.head : course.head + 1]
     _, cache = session.prefill(head)

@@ -29,7 +29,7 @@ from fptq_export.tasks import ENCODER, VLM_DECODER, is_half
 from fptq_export.verify.embedding_session import OnnxEmbeddingSession
 from fptq_export.verify.sessions import CausalSession, OnnxCausalSession
 
-__all__ = ["RUNS", "Source", "chosen_systems", "opened_session", "opened_system", "source_from_option"]
+__all__ = ["RUNS", "Source", "chosen_systems", "graph_session", "opened_session", "opened_system", "source_from_option"]
 
 RUNS: Mapping[System, str] = {
     "float": "torch, FP32",
@@ -189,17 +189,24 @@ def opened_session(source: Source, system: System, dtype: torch.dtype = torch.fl
     """
     try:
         if system == "onnx":
-            yield _graph_session(source, system)
+            yield graph_session(source, system)
         else:
             yield TorchCausalSession(_torch_model(source, system, dtype), system)
     finally:
         gc.collect()
 
 
-def _graph_session(source: Source, system: System) -> OnnxCausalSession:
-    graph, _, *embeddings = source.files(system)
+def graph_session(source: Source, name: str, *, all_logits: bool = True) -> OnnxCausalSession:
+    """`model.w4a8.onnx` of a run in ONNX Runtime; it reads tokens, also where the graph reads their embeddings.
+
+    Args:
+        source: Of a run.
+        name: What reports call it.
+        all_logits: Run the form that gives the logits of every token.
+    """
+    graph, _, *embeddings = source.files("onnx")
     open_graph = partial(OnnxEmbeddingSession, graph, *embeddings) if embeddings else partial(OnnxCausalSession, graph)
-    return open_graph(threads=None, name=system, all_logits=True)
+    return open_graph(threads=None, name=name, all_logits=all_logits)
 
 
 def _torch_model(source: Source, system: System, dtype: torch.dtype) -> PreTrainedModel:

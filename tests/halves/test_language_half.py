@@ -22,6 +22,7 @@ from calib.fake_quant import applied_policy
 from calib.halves import calibrated_model_from_checkpoint
 from calib.load import checkpoint_from_directory
 from calib.stream import blocks_path
+from fptq_export.diff.report import DiffReport
 from fptq_export.errors import UserError
 from fptq_export.evaluate.report import EvalReport
 from fptq_export.files import read_json_model
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 LINEARS, IMAGE_TOKENS = 7, 4
+FLOAT64_TOLERANCE = 1000 * 2.0**-53
+"""Relative: the same logits, added up in another order by two float64 programs of at most a thousand terms."""
 """Of the one layer of LLaVA, and tokens that stand for an image there."""
 IDS = np.random.default_rng(4).integers(8, 512, (2, 9))
 
@@ -221,6 +224,20 @@ def test_text_is_measured_through_the_embeddings(llava_run: Path, tmp_path: Path
     perplexity = {name: figures.perplexity for name, figures in found.texts[0].perplexity.items()}
     quantized = abs(perplexity["float"] - perplexity["fake-quant"])
     assert abs(perplexity["onnx"] - perplexity["fake-quant"]) < quantized / 3
+
+
+def test_difference_is_measured_and_saved_through_the_embeddings(
+    llava_run: Path, tmp_path: Path, command: Command
+) -> None:
+    """`diff` feeds both models the same tokens, and writes the embeddings that the graph reads for them."""
+    words = ("--eval-windows", "1", "--eval-seq", "80", "--decode-steps", "2", "--systems", "onnx")
+    outcome = command("diff", llava_run, "-o", tmp_path, "--save-io", tmp_path / "io", *words)
+    assert outcome.code == 0, outcome.err
+    (found,) = read_json_model(tmp_path / "diff.json", DiffReport).candidates
+    verified = read_json_model(llava_run / "verify.json", VerifyReport)
+    assert found.prefill.logits.kl_mean == pytest.approx(verified.logits.kl_mean, rel=FLOAT64_TOLERANCE, abs=0.0)
+    assert (tmp_path / "io" / "decode" / "inputs_embeds.bin").stat().st_size > 0
+    assert "input_ids" not in (tmp_path / "io" / "decode" / "trtexec.args").read_text(encoding="utf-8")
 
 
 def test_calibration_streams_the_blocks_of_the_language_model(llava_dir: Path) -> None:

@@ -170,10 +170,11 @@ def test_one_command_plans_both_halves(
 
 
 def test_a_verb_on_the_directory_of_both_names_the_halves(t5_run: Path, tmp_path: Path, command: Command) -> None:
-    """Verbs on directories take one half; so does `eval` refuse one, which is no language model."""
+    """Verbs on directories take one half; `eval` and `diff` refuse one: it is no language model."""
     outcome = command("build", t5_run, "--engine", tmp_path / "out.plan")
     assert outcome.code == 1
     assert str(t5_run / "encoder") in outcome.err
-    refused = command("eval", t5_run / "decoder")
-    assert refused.code == 1
-    assert "fptq-export verify" in refused.err
+    for verb in ("eval", "diff"):
+        refused = command(verb, t5_run / "decoder")
+        assert refused.code == 1
+        assert "fptq-export verify" in refused.err

@@ -149,9 +149,10 @@ def test_options_of_encoders_are_refused_for_language_models(option: str) -> Non
         check_task_options(options, "causal-lm")
 
 
-def test_perplexity_of_an_encoder_is_refused(bert_run: Path, command: Command) -> None:
-    """`eval` points to the verb that compares encoders."""
-    outcome = command("eval", bert_run)
+@pytest.mark.parametrize("verb", ["eval", "diff"])
+def test_perplexity_of_an_encoder_is_refused(bert_run: Path, verb: str, command: Command) -> None:
+    """`eval` and `diff` point to the verb that compares encoders."""
+    outcome = command(verb, bert_run)
     assert outcome.code == 1
     assert "fptq-export verify" in outcome.err
 
