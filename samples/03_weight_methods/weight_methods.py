@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Calibrate once, then quantize and measure with every method."""
     if os.environ.get("FPTQ_SAMPLE_QUICK"):
-        options.calib_size, options.windows, options.seq, options.methods = 2, 1, 128, ("clip",)
+        options.calib_size, options.windows, options.seq, options.methods = 2, 1, 128, ("rtn",)
     run = RunDirectory(options.run)
     checkpoint, sites = models_of_run(run, progress).quantized, read_sites(run.sites)
     check_checkpoint(checkpoint, progress)
