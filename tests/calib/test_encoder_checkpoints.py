@@ -100,7 +100,7 @@ def test_another_model_s_weights_are_found_out(
 
 def test_quantized_encoders_are_refused(tiny_bert_dir: Path) -> None:
     """Their formats are read for language models only."""
-    with pytest.raises(UserError, match="those of language models only"):
+    with pytest.raises(UserError, match="only those of causal language models are read"):
         checkpoint_from_directory(tiny_bert_dir, "bert", quantized=True)
 
 
