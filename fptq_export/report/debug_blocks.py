@@ -58,7 +58,7 @@ def _plot(
     drawn = tuple(layer for layer in layers if layer.path in values)
     if drawn:
         finite = {path: value for path, value in values.items() if value is not None}
-        yield value_plot(panels_from_layers(drawn), finite, "SQNR, dB", plot_id, caption)
+        yield value_plot(panels_from_layers(drawn, of_inputs=False), finite, "SQNR, dB", plot_id, caption)
 
 
 def _is_finite(value: float | None) -> bool:

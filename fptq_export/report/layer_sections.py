@@ -71,7 +71,7 @@ def ranges_section(documents: RunDocuments, layers: tuple[LayerFigures, ...]) ->
             f"Calibration saw the input of {len(measured)} layers; {equalized} of them read an equalized input. An INT8"
             " scale divides a range into 127 steps on either side of zero: the larger the range, the coarser the step."
         )
-        blocks = (Text(words), range_plot(panels_from_layers(measured), policy.rule.v0, policy.rule.v1))
+        blocks = (Text(words), range_plot(panels_from_layers(measured, of_inputs=True), policy.rule.v0, policy.rule.v1))
     return Section("ranges", "Activation ranges", blocks)
 
 
@@ -96,7 +96,7 @@ def _sqnr_blocks(layers: tuple[LayerFigures, ...]) -> Iterator[Block]:
             "Signal power over error power of each layer's output with this layer alone quantized, in dB, as"
             " --policy auto measured it on calibration inputs. Higher is better."
         )
-        yield value_plot(panels_from_layers(found), values, "SQNR, dB", "plot-auto-sqnr", caption)
+        yield value_plot(panels_from_layers(found, of_inputs=False), values, "SQNR, dB", "plot-auto-sqnr", caption)
 
 
 def _level_blocks(layers: tuple[LayerFigures, ...]) -> Iterator[Block]:
@@ -114,7 +114,7 @@ def _level_blocks(layers: tuple[LayerFigures, ...]) -> Iterator[Block]:
         "Largest INT8 step, of 127, that the median channel of each static input reaches in calibration."
         " Computed from the channel maxima and scales of the policy; it is no measurement of error."
     )
-    yield value_plot(panels_from_layers(found), values, "INT8 steps of 127", "plot-levels", caption)
+    yield value_plot(panels_from_layers(found, of_inputs=True), values, "INT8 steps of 127", "plot-levels", caption)
     lowest = sorted(found, key=lambda layer: layer.levels or 0.0)[:_LOWEST]
     columns = (
         Column("layer"), Column("input"), Column("INT8 steps of the median channel", numeric=True),

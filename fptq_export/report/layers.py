@@ -167,21 +167,26 @@ class _InputReader:
         return self.scales[site]
 
 
-def panels_from_layers(layers: tuple[LayerFigures, ...]) -> tuple[Panel, ...]:
-    """Layers of equal role in a panel, by block; layers that read one tensor share a panel.
+def panels_from_layers(layers: tuple[LayerFigures, ...], *, of_inputs: bool) -> tuple[Panel, ...]:
+    """Layers of equal role in a panel, by block.
 
     Graphs whose layers are no row of blocks are one panel, in the order of the policy.
+
+    Args:
+        layers: What is drawn.
+        of_inputs: Whether figures of inputs are drawn: layers that read one tensor then share a panel and a mark.
     """
     by_role: dict[str, list[LayerFigures]] = {}
     for layer in layers:
         by_role.setdefault(layer.role, []).append(layer)
     rows = {role: found for role, found in by_role.items() if any(layer.block is not None for layer in found)}
-    merged = _merged(rows)
+    merged = _merged(rows) if of_inputs else [([role], found) for role, found in rows.items()]
     others = tuple(layer for role, found in by_role.items() if role not in rows for layer in found)
     if not rows or len(merged) > _MOST_PANELS:
         return (Panel("all layers, in order", layers, tuple(layer.number for layer in layers), in_blocks=False),)
+    what = "input of " if of_inputs else ""
     panels = [
-        Panel("input of " + ", ".join(roles), tuple(found), tuple(layer.block or 0 for layer in found), in_blocks=True)
+        Panel(what + ", ".join(roles), tuple(found), tuple(layer.block or 0 for layer in found), in_blocks=True)
         for roles, found in merged
     ]
     if others:

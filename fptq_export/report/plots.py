@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fptq_export.report.layers import LayerFigures, Panel
 
-__all__ = ["TIERS", "Bars", "Points", "bar_plot", "frontier_plot", "range_plot", "value_plot"]
+__all__ = ["TIERS", "Bars", "Points", "bar_plot", "frontier_plot", "limits_with_zero", "range_plot", "value_plot"]
 
 _COLOURS: Final[Mapping[str, str]] = {
     "#010203": "var(--ink)",
@@ -42,6 +42,8 @@ TIERS: Final[Mapping[str, tuple[str, str, str]]] = {
 _FONT = 8.0
 _WIDTH = 9.0
 """Inches: a page's width."""
+_MARK_ROOM = 0.08
+"""Part of a panel's range beyond its outermost values: half a mark is 0.03 of a panel's height."""
 _MOST_LABELS = 40
 """Blocks that each have a label below the axis; of more, every fifth has one."""
 
@@ -89,6 +91,13 @@ def range_plot(panels: Sequence[Panel], v0: float, v1: float) -> Plot:
     return _plot(figure, "plot-ranges", caption)
 
 
+def limits_with_zero(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis that shows zero and every value with its whole mark."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    room = _MARK_ROOM * (high - low if high > low else 1.0)
+    return low - room, high + room
+
+
 def value_plot(panels: Sequence[Panel], values: Mapping[str, float], label: str, plot_id: str, caption: str) -> Plot:
     """One value for each layer, by block.
 
@@ -102,7 +111,7 @@ def value_plot(panels: Sequence[Panel], values: Mapping[str, float], label: str,
     figure, rows = _panel_figure(panels)
     for axes, panel in zip(rows, panels, strict=True):
         _draw_marks(axes, panel, values)
-        axes.set_ylim(min(0.0, *axes.get_ylim()))
+        axes.set_ylim(limits_with_zero([values[layer.path] for layer in panel.layers]))
         axes.set_ylabel(label)
     _legend(figure, panels, equalized=False)
     return _plot(figure, plot_id, caption)

@@ -27,6 +27,7 @@ from fptq_export.report.html import html_from_report
 from fptq_export.report.layer_sections import policy_section, ranges_section
 from fptq_export.report.layers import layer_figures, panels_from_layers
 from fptq_export.report.markdown import markdown_from_report
+from fptq_export.report.plots import limits_with_zero
 from fptq_export.report.remarks import FEW_STEPS, remarks
 from fptq_export.report.run import report_from_run, run_report
 from fptq_export.report.run_sections import command_section, proof_section
@@ -138,17 +139,45 @@ def test_ranges_before_and_after_come_from_the_stored_arrays(run: Path) -> None:
 
 def test_layers_are_drawn_by_role_and_block(run: Path) -> None:
     """One panel for each kind of input, with all blocks in it."""
-    panels = panels_from_layers(tuple(layer for layer in layer_figures(read_documents(run)) if layer.before))
+    panels = panels_from_layers(
+        tuple(layer for layer in layer_figures(read_documents(run)) if layer.before), of_inputs=True
+    )
     titles = [f"input of {name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
     assert [panel.title for panel in panels] == titles
     assert all(panel.places == tuple(range(BLOCKS)) for panel in panels)
+
+
+def test_figures_of_layers_are_drawn_layer_by_layer(run: Path) -> None:
+    """Layers that read one tensor are one mark for its range, and one each for what is their own, as their error is."""
+    first = layer_figures(read_documents(run))[: 3 * BLOCKS]
+    twins = tuple(
+        dataclasses.replace(layer, path=layer.path.replace("q_proj", "k_proj"))
+        for layer in first
+        if layer.path.endswith("q_proj")
+    )
+    shared = panels_from_layers((*first, *twins), of_inputs=True)
+    assert shared[0].title == "input of self_attn.q_proj, self_attn.k_proj"
+    own = panels_from_layers((*first, *twins), of_inputs=False)
+    assert [panel.title for panel in own] == [
+        "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "self_attn.k_proj"
+    ]  # fmt: skip
+    assert sum(len(panel.layers) for panel in own) == len(first) + len(twins)
+
+
+def test_axis_shows_whole_marks() -> None:
+    """Half a mark, 2.25 points of a panel of 85, fits beyond the outermost values and at zero."""
+    for values in ([27.3, 20.0], [-1.0, 0.5], [0.0]):
+        low, high = limits_with_zero(values)
+        room = 2.25 / 85 * (high - low)
+        assert low + room <= min(0.0, *values)
+        assert high - room >= max(0.0, *values)
 
 
 def test_layers_without_blocks_are_drawn_in_order(run: Path) -> None:
     """Names of an ONNX graph need no block: its layers stand in one row."""
     layers = layer_figures(read_documents(run))[:3]
     renamed = tuple(dataclasses.replace(layer, path=f"conv_{layer.number}") for layer in layers)
-    (panel,) = panels_from_layers(renamed)
+    (panel,) = panels_from_layers(renamed, of_inputs=True)
     assert panel.places == (1, 2, 3)
     assert not panel.in_blocks
 
