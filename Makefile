@@ -73,9 +73,9 @@ endif
 .PHONY: test-first test-others
 test-first test-others: export OMP_NUM_THREADS := 1
 test-first:
-	$(BIN)/python -m pytest -q -m "not gpu" $(FIRST_TESTS)
+	$(BIN)/python -m pytest -q -m "not gpu" --durations=15 $(FIRST_TESTS)
 test-others:
-	$(BIN)/python -m pytest -q -m "not gpu" $(FIRST_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest -q -m "not gpu" --durations=15 $(FIRST_TESTS:%=--ignore=%)
 
 lint: $(STAMP)  ## ruff and mypy
 	@echo "==> lint"
