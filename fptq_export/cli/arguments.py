@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
-
 from fptq_export import __version__
 from fptq_export.cli.debug_arguments import DEBUG
 from fptq_export.cli.diff_arguments import DIFF
@@ -19,7 +17,8 @@ from fptq_export.cli.monitor_arguments import MONITOR
 from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
 from fptq_export.cli.stats_arguments import STATS
-from fptq_export.errors import Problem, UserError, UserErrors
+from fptq_export.cli.validated import validated
+from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import read_manifest
 from fptq_export.tasks import HALF_DIRECTORIES
@@ -144,11 +143,7 @@ def options_from_namespace(verb: str, given: Mapping[str, Any]) -> RunOptions:
     values.setdefault("output", Path(f"{Path(values['model']).stem}-w4a8"))
     for name in {"exclude", "precision"} & given.keys():
         values[name] = tuple(pattern for pattern in given[name] if pattern)
-    try:
-        return RunOptions.model_validate(values)
-    except ValidationError as error:
-        problems = [Problem(f"--{str(item['loc'][0]).replace('_', '-')}", item["msg"]) for item in error.errors()]
-        raise UserErrors("options", problems, f"see fptq-export {verb} --help") from None
+    return validated(RunOptions, values, verb)
 
 
 def _options_of_earlier_run(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from fptq_export.cli.tool import Tool
+from fptq_export.cli.validated import validated
 from fptq_export.debug.options import DebugOptions
-from fptq_export.errors import ExitCode, Problem, UserError, UserErrors
+from fptq_export.errors import ExitCode, UserError
 
 __all__ = ["DEBUG"]
 
@@ -59,11 +59,7 @@ def _options_from_namespace(given: Mapping[str, Any]) -> DebugOptions:
     values = {name: value for name, value in given.items() if name in DebugOptions.model_fields}
     if "source" not in values:
         raise UserError("DIR", "is missing", "fptq-export debug DIR, with the directory of a finished run")
-    try:
-        return DebugOptions.model_validate(values)
-    except ValidationError as error:
-        problems = [Problem(f"--{str(item['loc'][0]).replace('_', '-')}", item["msg"]) for item in error.errors()]
-        raise UserErrors("options", problems, "see fptq-export debug --help") from None
+    return validated(DebugOptions, values, "debug")
 
 
 def _run(given: Mapping[str, Any], command: str, console: Console) -> ExitCode:

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from fptq_export.cli.tool import Tool
+from fptq_export.cli.validated import validated
 from fptq_export.diff.options import CANDIDATES, DiffOptions
-from fptq_export.errors import ExitCode, Problem, UserError, UserErrors
+from fptq_export.errors import ExitCode, UserError
 
 __all__ = ["DIFF"]
 
@@ -73,11 +73,7 @@ def _options_from_namespace(given: Mapping[str, Any]) -> DiffOptions:
     if "systems" in values:
         names = (name.strip() for name in values["systems"].split(","))
         values["systems"] = tuple(dict.fromkeys(name for name in names if name))
-    try:
-        return DiffOptions.model_validate(values)
-    except ValidationError as error:
-        problems = [Problem(f"--{str(item['loc'][0]).replace('_', '-')}", item["msg"]) for item in error.errors()]
-        raise UserErrors("options", problems, "see fptq-export diff --help") from None
+    return validated(DiffOptions, values, "diff")
 
 
 def _run(given: Mapping[str, Any], command: str, console: Console) -> ExitCode:

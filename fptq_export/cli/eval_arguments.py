@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from fptq_export.cli.tool import Tool
-from fptq_export.errors import ExitCode, Problem, UserError, UserErrors
-from fptq_export.evaluate.options import SYSTEMS, EvalOptions
+from fptq_export.cli.validated import validated
+from fptq_export.errors import ExitCode, UserError
+from fptq_export.evaluate.options import EvalOptions
 
 __all__ = ["EVAL"]
 
@@ -71,11 +71,7 @@ def _options_from_namespace(given: Mapping[str, Any]) -> EvalOptions:
         values["tasks"] = _comma_separated(values["tasks"])
     if "text" in values:
         values["text"] = tuple(dict.fromkeys(text for text in values["text"] if text))
-    try:
-        return EvalOptions.model_validate(values)
-    except ValidationError as error:
-        problems = [Problem(_option(item["loc"]), _message(item["loc"], item["msg"])) for item in error.errors()]
-        raise UserErrors("options", problems, "see fptq-export eval --help") from None
+    return validated(EvalOptions, values, "eval")
 
 
 def _run(given: Mapping[str, Any], command: str, console: Console) -> ExitCode:
@@ -94,14 +90,6 @@ def _run(given: Mapping[str, Any], command: str, console: Console) -> ExitCode:
 def _comma_separated(words: list[str]) -> tuple[str, ...]:
     """`["a,b", "c"]` -> `("a", "b", "c")`, each once."""
     return tuple(dict.fromkeys(name.strip() for word in words for name in word.split(",") if name.strip()))
-
-
-def _option(location: tuple[int | str, ...]) -> str:
-    return f"--{str(location[0]).replace('_', '-')}"
-
-
-def _message(location: tuple[int | str, ...], message: str) -> str:
-    return f"choose from {', '.join(SYSTEMS)}" if location[0] == "systems" else message
 
 
 EVAL = Tool(

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from fptq_export.cli.tool import Tool
-from fptq_export.errors import ExitCode, Problem, UserError, UserErrors
+from fptq_export.cli.validated import validated
+from fptq_export.errors import ExitCode, UserError
 from fptq_export.monitor.options import MonitorOptions
 from fptq_export.verify.report import ratio_from_option
 
@@ -54,11 +54,7 @@ def _options_from_namespace(given: Mapping[str, Any]) -> MonitorOptions:
         raise UserError(where, "is missing", "fptq-export monitor DIR VALUES, with what was collected of the graph")
     if "max_saturation" in values:
         values["max_saturation"] = ratio_from_option(values["max_saturation"], "--max-saturation")
-    try:
-        return MonitorOptions.model_validate(values)
-    except ValidationError as error:
-        problems = [Problem(f"--{str(item['loc'][0]).replace('_', '-')}", item["msg"]) for item in error.errors()]
-        raise UserErrors("options", problems, "see fptq-export monitor --help") from None
+    return validated(MonitorOptions, values, "monitor")
 
 
 def _run(given: Mapping[str, Any], command: str, console: Console) -> ExitCode:

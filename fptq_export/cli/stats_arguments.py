@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from fptq_export.activations.options import StatsOptions
 from fptq_export.cli.tool import Tool
-from fptq_export.errors import ExitCode, Problem, UserError, UserErrors
+from fptq_export.cli.validated import validated
+from fptq_export.errors import ExitCode, UserError
 
 __all__ = ["STATS"]
 
@@ -53,11 +53,7 @@ def _options_from_namespace(given: Mapping[str, Any]) -> StatsOptions:
     values = {name: value for name, value in given.items() if name in StatsOptions.model_fields}
     if "source" not in values:
         raise UserError("DIR or MODEL", "is missing", "fptq-export stats DIR, with the directory of an earlier run")
-    try:
-        return StatsOptions.model_validate(values)
-    except ValidationError as error:
-        problems = [Problem(f"--{str(item['loc'][0]).replace('_', '-')}", item["msg"]) for item in error.errors()]
-        raise UserErrors("options", problems, "see fptq-export stats --help") from None
+    return validated(StatsOptions, values, "stats")
 
 
 def _run(given: Mapping[str, Any], command: str, console: Console) -> ExitCode:
