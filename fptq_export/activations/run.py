@@ -14,7 +14,6 @@ import numpy as np
 from calib.auto import can_plot
 from calib.batches import CalibrationOptions, TextOptions, TokenBatches, evaluation_batches, token_batches
 from calib.checks import check_checkpoint
-from calib.equalize import scales_from_sites
 from calib.halves import calibrated_model_from_checkpoint
 from calib.linears import LinearWeights
 from calib.load import Checkpoint, checkpoint_from_model, stored_dtype, tokenizer_from_checkpoint
@@ -26,6 +25,7 @@ from fptq_export.activations.figures import LayerRange, inputs_from_stats
 from fptq_export.activations.options import StatsOptions
 from fptq_export.activations.plot import plot_inputs
 from fptq_export.activations.report import ActivationsReport, Source
+from fptq_export.equalized_inputs import EqualizedInputs
 from fptq_export.errors import UserError
 from fptq_export.files import write_json_model
 from fptq_export.numerics import INT8_MAX
@@ -209,13 +209,11 @@ def _ranges(opened: _Opened, parts: Sequence[Stats], v0: float) -> Mapping[str, 
     if opened.policy is None or opened.directory is None:
         absmax = {path: max(part.absmax(path) for part in parts) for path in opened.linears}
         return {path: LayerRange("static", v) if 0.0 < v <= v0 else LayerRange(None) for path, v in absmax.items()}
-    directory, arrays = opened.directory, PolicyArrays(arrays_path(opened.directory.policy))
-    equalized = opened.policy.equalized_sites()
-    equalization = {site: arrays.read(f"{site}.equalization") for site in equalized}
-    scales = scales_from_sites(read_sites(directory.sites), equalized, equalization)
+    arrays = PolicyArrays(arrays_path(opened.directory.policy))
+    inputs = EqualizedInputs(opened.policy, arrays, read_sites(opened.directory.sites))
     clips = opened.options is not None and opened.options.range_calibrator != "absmax"
     return {
-        path: LayerRange(layer.activation, _static_range(layer), scales[path].input if path in scales else None, clips)
+        path: LayerRange(layer.activation, _static_range(layer), inputs.scales(path), clips)
         for path, layer in opened.policy.layers.items()
         if path in opened.linears
     }

@@ -11,20 +11,20 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calib.batches import TextOptions, TokenBatches, evaluation_batches
-from calib.equalize import LinearScales, scale_after_equalization, scales_from_sites
+from calib.equalize import LinearScales, scales_from_sites
 from calib.load import Checkpoint, tokenizer_from_checkpoint
 from fptq_export.debug.graph_linears import GraphLinear, linears_of_graph
 from fptq_export.debug.options import DebugOptions
 from fptq_export.debug.segments import graph_of_run
+from fptq_export.equalized_inputs import EqualizedInputs
 from fptq_export.errors import UserError
 from fptq_export.graph_io import data_path
-from fptq_export.numerics import INT8_MAX
-from fptq_export.package.manifest import Manifest, read_manifest, record_from_file
+from fptq_export.package.manifest import FileRecord, Manifest, manifest_of_run, record_from_file
 from fptq_export.pipeline.models import RunModels
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.task_options import check_length
-from fptq_export.policy import Policy, PolicyArrays, arrays_path, read_policy
+from fptq_export.policy import PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites, read_sites
 from fptq_export.tasks import CAUSAL_LM
@@ -41,30 +41,16 @@ class OpenedRun:
     """Files that are not what the manifest says."""
     checkpoint: Checkpoint
     """The float model that was quantized; rotated where the run rotates."""
-    policy: Policy
     arrays: PolicyArrays
     sites: Sites
+    inputs: EqualizedInputs
+    """What calibration saw, in the scale of the graph."""
     graph: ir.Model
     """`model.w4a8.onnx`, in the form that gives the logits of every token."""
     linears: Mapping[str, GraphLinear]
     folded: Mapping[str, LinearScales]
     """How equalization changes linears; those that it does not are absent."""
     batches: TokenBatches
-
-    def equalized_site(self, path: str) -> str | None:
-        """Fold site of a linear's input, where it is equalized."""
-        site = self.sites.site_by_consumer().get(path)
-        return site if site in self.policy.equalizations() else None
-
-    def calibrated_absmax(self, path: str) -> float | None:
-        """Largest magnitude of a linear's input in calibration, in the scale of the graph."""
-        name = f"{path}.input_absmax"
-        if name not in self.arrays:
-            return None
-        site, channels = self.equalized_site(path), self.arrays.read(name)
-        entry = None if site is None else self.policy.equalizations()[site]
-        s = self.folded[path].input if entry is not None else None
-        return INT8_MAX * scale_after_equalization(channels, entry, s)
 
     def in_graph_scale(self, path: str, x: NDArray[np.float32]) -> NDArray[np.floating]:
         """The float model's input of a linear as the graph would hold it: divided by s, in the graph's type."""
@@ -98,9 +84,9 @@ def open_run(options: DebugOptions, progress: Progress) -> OpenedRun:
         directory=run,
         changed_files=_changed_files(run, manifest),
         checkpoint=checkpoint,
-        policy=policy,
         arrays=arrays,
         sites=sites,
+        inputs=EqualizedInputs(policy, arrays, sites),
         graph=graph,
         linears=linears,
         folded=scales_from_sites(sites, policy.equalized_sites(), equalization),
@@ -109,9 +95,7 @@ def open_run(options: DebugOptions, progress: Progress) -> OpenedRun:
 
 
 def _manifest(options: DebugOptions) -> Manifest:
-    manifest = read_manifest(options.source)
-    if manifest is None:
-        raise UserError(str(options.source), "has no manifest.json", "give the directory of a finished run")
+    manifest = manifest_of_run(options.source)
     if is_onnx_model(manifest.options):
         raise _unsupported(options, "is the run of an ONNX graph, which has no blocks")
     if manifest.options.dtype == "bf16":
@@ -129,6 +113,6 @@ def _changed_files(run: RunDirectory, manifest: Manifest) -> tuple[str, ...]:
     return tuple(path.name for path in paths if _is_changed(path, run.path, records))
 
 
-def _is_changed(path: Path, directory: Path, records: Mapping[str, object]) -> bool:
+def _is_changed(path: Path, directory: Path, records: Mapping[str, FileRecord]) -> bool:
     known = records.get(path.name)
-    return known is not None and record_from_file(path, directory).sha256 != getattr(known, "sha256", None)
+    return known is not None and record_from_file(path, directory).sha256 != known.sha256

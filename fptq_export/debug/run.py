@@ -196,8 +196,8 @@ class _Walk:
                 x=probe.x[path],
                 y=probe.y[path],
                 clean_x=clean.x[path],
-                calibrated_absmax=self._run.calibrated_absmax(path),
-                site=self._run.equalized_site(path),
+                calibrated_absmax=self._run.inputs.absmax(path),
+                site=self._run.inputs.site(path),
             )
             judge_input = wrong in (None, linear.x)
             report = judged(layer_run, weight, step.segment.block, self._options.max_excess, judge_input=judge_input)

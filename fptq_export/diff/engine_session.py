@@ -21,7 +21,7 @@ from fptq_export.package.manifest import Manifest
 from fptq_export.plugin.library import library_that_registers
 from fptq_export.verify.sessions import CausalSession
 
-__all__ = ["RunnerCache", "RunnerSession", "engine_of_run", "engine_problem", "opened_engine"]
+__all__ = ["RunnerCache", "RunnerSession", "engine_problem", "opened_engine"]
 
 _BATCH = 1
 _LOGITS = "logits"
@@ -79,12 +79,6 @@ class RunnerSession:
         # A runner may give the same buffers again at the next call.
         values = {name: np.array(outputs[name.replace(_PAST, _PRESENT, 1)]) for name in cache.values}
         return outputs[_LOGITS].astype(np.float32), RunnerCache(values, length)
-
-
-def engine_of_run(manifest: Manifest | None, directory: Path) -> Path | None:
-    """The engine that the run's build wrote, or None."""
-    build = manifest.stages.get("build") if manifest is not None else None
-    return directory / build.outputs[0].path if build is not None and build.outputs else None
 
 
 def engine_problem(manifest: Manifest, engine: Path | None) -> str | None:

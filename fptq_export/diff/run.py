@@ -16,7 +16,7 @@ from calib.batches import TextOptions, TokenBatches, evaluation_batches
 from calib.checks import check_checkpoint
 from calib.load import tokenizer_from_checkpoint
 from fptq_export import __version__
-from fptq_export.diff.engine_session import engine_of_run, engine_problem, opened_engine
+from fptq_export.diff.engine_session import engine_problem, opened_engine
 from fptq_export.diff.options import CANDIDATES, Candidate, DiffOptions
 from fptq_export.diff.record import Comparison, Course, StoredLogits, compared_with, course_from_windows, stored_logits
 from fptq_export.diff.report import CandidateDiff, DiffReport, GreedyFigures, PartFigures, RunRecord
@@ -25,8 +25,10 @@ from fptq_export.errors import UserError
 from fptq_export.evaluate.systems import RUNS, Source, graph_session, opened_session, source_from_option
 from fptq_export.files import PARTIAL_SUFFIX, sha256_from_file, write_json_model
 from fptq_export.memory import PeakMemory
-from fptq_export.package.manifest import Manifest, read_manifest
+from fptq_export.package.manifest import Manifest, manifest_of_run
+from fptq_export.package.run_of_engine import engines_of_run
 from fptq_export.pipeline.environment import environment
+from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.progress import Progress
 from fptq_export.verify.compare import LogitTotals
@@ -110,11 +112,8 @@ def run_diff(options: DiffOptions, command: str, progress: Progress) -> tuple[Di
 
 
 def _manifest(run: Path) -> Manifest:
-    manifest = read_manifest(run)
-    if manifest is None:
-        cause = "is no run directory (it has no manifest.json)"
-        raise UserError(str(run), cause, "give the directory that fptq-export MODEL -o DIR wrote")
-    if Path(manifest.options.model).suffix == ".onnx":
+    manifest = manifest_of_run(run)
+    if is_onnx_model(manifest.options):
         cause = "is the run of an ONNX graph, which has no token ids that are known here"
         raise UserError(str(run), cause, "fptq-export verify DIR compares its outputs")
     return manifest
@@ -122,7 +121,8 @@ def _manifest(run: Path) -> Manifest:
 
 def _work(options: DiffOptions, manifest: Manifest, workdir: Path, progress: Progress) -> _Work:
     source = source_from_option(options.source, workdir, options.trust_remote_code, progress)
-    engine = options.engine if options.engine is not None else engine_of_run(manifest, Path(options.source))
+    built = [Path(options.source) / record.path for record in engines_of_run(manifest)]
+    engine = options.engine if options.engine is not None else next(iter(built), None)
     systems, left_out = _chosen(options, source, manifest, engine)
     if options.save_io is not None and (problem := source.problem("onnx")) is not None:
         raise UserError("--save-io", problem, "the graph says which inputs there are, and of which type")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fptq_export.errors import UserError
 from fptq_export.inspect.engine_file import inspect_engine
 from fptq_export.inspect.policy_file import sections_from_policy
 from fptq_export.inspect.report import Cell, Inspection, Section
-from fptq_export.package.manifest import FileRecord, Manifest, read_manifest, record_from_file
-from fptq_export.package.run_of_engine import BUILD
+from fptq_export.package.manifest import FileRecord, Manifest, manifest_of_run, record_from_file
+from fptq_export.package.run_of_engine import engines_of_run
 from fptq_export.policy import read_policy
 
 __all__ = ["inspect_run"]
@@ -23,15 +22,14 @@ def inspect_run(directory: Path) -> Inspection:
     Raises:
         UserError: It has no manifest, or a file in it cannot be read.
     """
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise UserError(str(directory), "is not a run directory (no manifest.json)", "give one that a run has written")
+    manifest = manifest_of_run(directory)
     sections, problems = [_about(manifest), _files(manifest)], _changes(manifest, directory)
     precision: tuple[str, ...] = ()
     policy = directory / "policy.json"
     if policy.is_file():
         sections += sections_from_policy(read_policy(policy))
-    for engine in _engines(manifest, directory):
+    for record in engines_of_run(manifest):
+        engine = directory / record.path
         if engine.is_file():
             looked = inspect_engine(engine, directory)
             sections += looked.sections
@@ -87,9 +85,3 @@ def _changes(manifest: Manifest, directory: Path) -> list[str]:
             if known is not None and known.sha256 != file.sha256:
                 problems.append(f"{directory / file.path}: has changed since {stage} read it")
     return problems
-
-
-def _engines(manifest: Manifest, directory: Path) -> list[Path]:
-    record = manifest.stages.get(BUILD)
-    names = [file.path for file in record.outputs] if record is not None else []
-    return [directory / name for name in names if name not in ("build.log", "proof.json")]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fptq_export.errors import UserError
 from fptq_export.files import read_json_model, sha256_from_file, write_json_model
 from fptq_export.options import RunOptions
 
@@ -21,6 +22,7 @@ __all__ = [
     "Manifest",
     "StageRecord",
     "key_from_parts",
+    "manifest_of_run",
     "read_manifest",
     "record_from_file",
     "write_manifest",
@@ -80,6 +82,19 @@ def read_manifest(directory: Path) -> Manifest | None:
     """
     path = directory / MANIFEST_FILE
     return read_json_model(path, Manifest) if path.is_file() else None
+
+
+def manifest_of_run(directory: Path) -> Manifest:
+    """The manifest of a directory that must be a run's.
+
+    Raises:
+        UserError: It has none, or one that cannot be read.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        cause, hint = f"is not a run directory (no {MANIFEST_FILE})", "give the DIR of an earlier fptq-export -o DIR"
+        raise UserError(str(directory), cause, hint)
+    return manifest
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:

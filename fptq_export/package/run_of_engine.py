@@ -10,7 +10,7 @@ from fptq_export.errors import UserError
 from fptq_export.files import sha256_from_file
 from fptq_export.package.manifest import MANIFEST_FILE, FileRecord, Manifest, read_manifest
 
-__all__ = ["BUILD", "EngineRun", "recorded", "run_of_engine", "search_places"]
+__all__ = ["BUILD", "EngineRun", "engines_of_run", "recorded", "run_of_engine", "search_places"]
 
 BUILD = "build"
 """The stage that writes engines."""
@@ -57,7 +57,7 @@ def run_of_engine(engine: Path, directory: Path | None = None) -> EngineRun | No
             unreadable.append(error)
             continue
         if manifest is not None:
-            found += [EngineRun(place, manifest, record, sha256) for record in _engines(manifest)]
+            found += [EngineRun(place, manifest, record, sha256) for record in engines_of_run(manifest)]
     for match in (*(run for run in found if run.is_same), *(run for run in found if _named(run) == engine.name)):
         return match
     if unreadable:
@@ -81,7 +81,8 @@ def search_places(engine: Path) -> list[Path]:
     return [place for place in (parent, *sorted(parent.iterdir())) if (place / MANIFEST_FILE).is_file()]
 
 
-def _engines(manifest: Manifest) -> Iterator[FileRecord]:
+def engines_of_run(manifest: Manifest) -> Iterator[FileRecord]:
+    """The engines that a run built; their paths are relative to its directory."""
     stage = manifest.stages.get(BUILD)
     for file in stage.outputs if stage is not None else ():
         if Path(file.path).name not in _BESIDE_AN_ENGINE:

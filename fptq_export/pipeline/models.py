@@ -7,9 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
-from fptq_export.package.manifest import read_manifest
+from fptq_export.package.manifest import manifest_of_run
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import Stage
@@ -130,10 +129,7 @@ def models_of_run(directory: RunDirectory, progress: Progress) -> RunModels:
     Raises:
         UserError: There is none in the directory.
     """
-    manifest = read_manifest(directory.path)
-    if manifest is None:
-        raise UserError(str(directory.path), "is not a run directory", "fptq-export trace MODEL -o DIR makes one")
-    return RunModels(manifest.options, directory, progress)
+    return RunModels(manifest_of_run(directory.path).options, directory, progress)
 
 
 def weight_files(checkpoint: Checkpoint) -> tuple[Path, ...]:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 from fptq_export.build.proof import Proof
 from fptq_export.debug.report import DebugReport
 from fptq_export.diff.report import DiffReport
-from fptq_export.errors import UserError
 from fptq_export.evaluate.report import EvalReport
 from fptq_export.files import read_json_model
-from fptq_export.package.manifest import Manifest, read_manifest
+from fptq_export.package.manifest import Manifest, manifest_of_run
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import Policy, PolicyArrays, arrays_path, read_policy
@@ -82,9 +81,7 @@ def read_documents(directory: Path, cost_table: Path | None = None) -> RunDocume
     Raises:
         UserError: It is no run directory, or a file in it cannot be read; names the file.
     """
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise UserError(str(directory), "is not a run directory (no manifest.json)", "run fptq-export MODEL -o there")
+    manifest = manifest_of_run(directory)
     files = RunDirectory(directory)
     arrays = arrays_path(files.policy)
     given = manifest.options.cost_table

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fptq_export.policy import CandidateFigures, LayerPolicy, Policy, PolicyArrays
+from fptq_export.equalized_inputs import EqualizedInputs
+from fptq_export.policy import CandidateFigures, LayerPolicy
 from fptq_export.report.documents import RunDocuments
 
 __all__ = ["LayerFigures", "Panel", "layer_figures", "panels_from_layers"]
@@ -74,8 +74,9 @@ def layer_figures(documents: RunDocuments) -> tuple[LayerFigures, ...]:
     policy = documents.policy
     if policy is None:
         return ()
-    reader = _InputReader.of(documents, policy)
-    linears = [_linear(number, path, layer, reader) for number, (path, layer) in enumerate(policy.layers.items(), 1)]
+    arrays = documents.arrays
+    inputs = None if arrays is None else EqualizedInputs(policy, arrays, documents.sites)
+    linears = [_linear(number, path, layer, inputs) for number, (path, layer) in enumerate(policy.layers.items(), 1)]
     start = len(linears) + 1
     convolutions = [
         LayerFigures(
@@ -97,8 +98,10 @@ def layer_figures(documents: RunDocuments) -> tuple[LayerFigures, ...]:
     return (*linears, *convolutions)
 
 
-def _linear(number: int, path: str, layer: LayerPolicy, reader: _InputReader) -> LayerFigures:
-    channels, equalized = reader.channels(path)
+def _linear(number: int, path: str, layer: LayerPolicy, inputs: EqualizedInputs | None) -> LayerFigures:
+    """Arrays are missing of a policy that a person wrote."""
+    channels = None if inputs is None else inputs.channel_absmax(path)
+    equalized = inputs is not None and inputs.site(path) is not None
     after = float(channels.max()) if channels is not None and equalized else None
     levels = None
     if channels is not None and layer.activation_scale is not None:
@@ -122,49 +125,6 @@ def _linear(number: int, path: str, layer: LayerPolicy, reader: _InputReader) ->
 
 def _is_chosen(candidate: CandidateFigures, layer: LayerPolicy) -> bool:
     return all(getattr(candidate, name) == getattr(layer, name) for name in ("precision", "activation", "group_size"))
-
-
-@dataclass(frozen=True)
-class _InputReader:
-    """Reads the channel maxima of inputs; those of one tensor once."""
-
-    documents: RunDocuments
-    equalized: frozenset[str]
-    """Ids of the sites that the policy equalizes."""
-    extensions: Mapping[str, str]
-    """Linear path -> fold site that `sites.json` alone names."""
-    scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, documents: RunDocuments, policy: Policy) -> _InputReader:
-        """Of a run whose policy is known."""
-        sites = documents.sites
-        extensions = sites.site_by_consumer() if sites is not None and policy.equalization else {}
-        return cls(documents, frozenset(policy.equalizations()), extensions)
-
-    def channels(self, path: str) -> tuple[NDArray[np.float32] | None, bool]:
-        """Largest magnitude of each input channel after equalization, float32 [in], and whether there is one.
-
-        None where the arrays are missing, as in a policy that a person wrote.
-        """
-        policy, arrays = self.documents.policy, self.documents.arrays
-        name = f"{path}.input_absmax"
-        if policy is None or arrays is None or name not in arrays:
-            return None, False
-        maxima = arrays.read(name, (policy.layers[path].in_features,))
-        s = self._scales(policy.layers[path].site or self.extensions.get(path), arrays)
-        if s is None or s.shape != maxima.shape:
-            return maxima, False
-        equalized: NDArray[np.float32] = (maxima / s).astype(np.float32)
-        return equalized, True
-
-    def _scales(self, site: str | None, arrays: PolicyArrays) -> NDArray[np.float32] | None:
-        name = f"{site}.equalization"
-        if site not in self.equalized or name not in arrays:
-            return None
-        if site not in self.scales:
-            self.scales[site] = arrays.read(name)
-        return self.scales[site]
 
 
 def panels_from_layers(layers: tuple[LayerFigures, ...], *, of_inputs: bool) -> tuple[Panel, ...]:

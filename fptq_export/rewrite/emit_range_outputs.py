@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
+from fptq_export.equalized_inputs import EqualizedInputs
 from fptq_export.errors import UserError
 from fptq_export.policy import Policy, PolicyArrays
 from fptq_export.range_outputs import COLUMNS, METADATA_KEY, OUTPUT_NAME, RangeOutputs, RangeRow
@@ -115,27 +115,17 @@ def without_range_output(model: ir.Model) -> ir.Model:
 
 def _static_layers(sites: Sites, policy: Policy, arrays: PolicyArrays) -> Iterator[_Static]:
     quantized, convolutions = policy.quantized(), policy.quantized_convolutions()
+    inputs = EqualizedInputs(policy, arrays, sites)
     for linear in sites.linears:
         layer = quantized.get(linear.path)
         if layer is not None and layer.activation_scale is not None:
-            absmax = _calibrated_absmax(linear.path, sites, policy, arrays)
-            yield _Static(linear.path, linear.node, linear.weight, layer.activation_scale, absmax, linear.expert)
+            place = (linear.path, linear.node, linear.weight)
+            yield _Static(*place, layer.activation_scale, inputs.absmax(linear.path), linear.expert)
     for found in sites.convolutions:
         entry = convolutions.get(found.path)
         if entry is not None and entry.activation_scale is not None:
             place = (found.path, found.node, found.weight)
             yield _Static(*place, entry.activation_scale, entry.input_absmax, expert=None)
-
-
-def _calibrated_absmax(path: str, sites: Sites, policy: Policy, arrays: PolicyArrays) -> float | None:
-    """Largest magnitude of what a linear reads after the fold; None where the policy has no maxima of its channels."""
-    if f"{path}.input_absmax" not in arrays:
-        return None
-    maxima: NDArray[np.float32] = arrays.read(f"{path}.input_absmax", (policy.layers[path].in_features,))
-    site = sites.site_by_consumer().get(path)
-    if site is not None and site in policy.equalized_sites():
-        maxima = maxima / arrays.read(f"{site}.equalization", maxima.shape)
-    return float(maxima.max())
 
 
 def _monitor(model: ir.Model, x: ir.Value, layer: _Static, node: ir.Node, names: UniqueNames) -> ir.Value:

@@ -315,4 +315,4 @@ def test_directory_without_a_run_is_refused(tmp_path: Path, command: Command) ->
     """A directory that no run wrote is named."""
     done = command("debug", tmp_path)
     assert done.code == 1
-    assert "has no manifest.json" in done.err
+    assert "is not a run directory (no manifest.json)" in done.err

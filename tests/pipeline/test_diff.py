@@ -169,4 +169,4 @@ def test_directory_that_is_no_run_is_refused(tiny_llama_dir: Path, command: Comm
     """A model has nothing to be compared with."""
     done = command("diff", tiny_llama_dir)
     assert done.code == ExitCode.USER_ERROR
-    assert "is no run directory" in done.err
+    assert "is not a run directory" in done.err

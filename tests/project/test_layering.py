@@ -13,20 +13,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEAVES = frozenset(
     {
-        *("cpu", "errors", "experts", "files", "graph_io", "halves", "language_half", "memory", "numerics"),
-        *(
-            "options",
-            "packing",
-            "policy",
-            "progress",
-            "range_outputs",
-            "roofline",
-            "sites",
-            "sources",
-            "stored_tensor",
-            "tasks",
-            "tensor_writer",
-        ),
+        "cpu",
+        "equalized_inputs",
+        "errors",
+        "experts",
+        "files",
+        "graph_io",
+        "halves",
+        "language_half",
+        "memory",
+        "numerics",
+        "options",
+        "packing",
+        "policy",
+        "progress",
+        "range_outputs",
+        "roofline",
+        "sites",
+        "sources",
+        "stored_tensor",
+        "tasks",
+        "tensor_writer",
     }
 )
 DRIVERS = frozenset(
