@@ -52,6 +52,7 @@ __all__ = [
     "WeightMethod",
     "arrays_path",
     "group_size_for",
+    "mean_bits",
     "policy_json_schema",
     "read_policy",
     "write_policy",
@@ -305,6 +306,12 @@ def group_size_for(in_features: int, wanted: int) -> int | None:
         if in_features % size == 0:
             return size
     return None
+
+
+def mean_bits(layers: Iterable[LayerPolicy]) -> float | None:
+    """Bits a weight on average, scales included and 16 where float; None of no layer."""
+    sized = [(layer.in_features * layer.out_features, layer.effective_bits) for layer in layers]
+    return sum(count * bits for count, bits in sized) / sum(count for count, _ in sized) if sized else None
 
 
 def read_policy(path: Path) -> Policy:

@@ -40,10 +40,7 @@ from fptq_export.progress import Progress, Task
 from fptq_export.sites import read_sites
 from fptq_export.tasks import gives_hidden_states
 
-__all__ = ["PLOT_FILE", "REPORT_FILE", "run_stats"]
-
-REPORT_FILE = "stats.json"
-PLOT_FILE = "stats.svg"
+__all__ = ["run_stats"]
 
 
 @dataclass(frozen=True)
@@ -109,11 +106,11 @@ def run_stats(options: StatsOptions, command: str, progress: Progress) -> tuple[
             held_out=_source(held_out),
             inputs=inputs_from_stats(parts, seen, _ranges(opened, parts, thresholds[0]), options.max_range_ratio),
         )
-        write_json_model(report, output.path / REPORT_FILE)
-        drawn = output.path / PLOT_FILE if options.plot and can_plot() else None
+        write_json_model(report, output.activations)
+        drawn = output.activations_plot if options.plot and can_plot() else None
         if drawn is not None:
             plot_inputs(report, drawn)
-    return report, output.path / REPORT_FILE, drawn
+    return report, output.activations, drawn
 
 
 def _output(options: StatsOptions, manifest: Manifest | None) -> Path:

@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from fptq_export.build.builder_log import last_lines_from_log, messages_from_log
 from fptq_export.build.findings import refuse_problems
-from fptq_export.build.int8_convolutions import Int8Convolution, check_int8_convolutions
-from fptq_export.build.layer_list import EngineLayer, PrecisionReport, check_layers, layers_from_log
+from fptq_export.build.int8_convolutions import Int8Convolution, float_convolutions
+from fptq_export.build.layer_list import EngineLayer, PrecisionReport, layers_from_log, precision_report
 from fptq_export.build.loader_path import loader_environment
 from fptq_export.build.memory_pools import MEMORY_POOLS
 from fptq_export.build.profiles import Profile, check_profiles, inputs_from_graph
@@ -123,10 +123,8 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
         built = _run_job(_job_from_request(request, partial), request.log_path, progress)
         layers = layers_from_log(request.log_path)
         expected = expected_from_request(request)
-        _, problems = find_all(layers, expected)
+        holders, problems = find_all(layers, expected)
         refuse_problems(problems)
-        precision = check_layers(layers, request.quantized, expected.profiles, request.plugin, request.fused)
-        in_float = check_int8_convolutions(layers, request.convolutions, expected.profiles)
     return BuildReport(
         target=request.target,
         library_version=built.library_version,
@@ -135,8 +133,8 @@ def build_engine(request: BuildRequest, progress: Progress) -> BuildReport:
         seconds=time.monotonic() - started,
         peak_memory_bytes=built.peak_memory_bytes,
         layers=layers,
-        precision=precision,
-        float_convolutions=in_float,
+        precision=precision_report(layers, holders, expected.int4, expected.profiles, expected.plugin, expected.fused),
+        float_convolutions=float_convolutions(holders, expected.convolutions),
         warnings=tuple(messages_from_log(request.log_path, "W")),
     )
 

@@ -22,7 +22,13 @@ from math import prod
 from fptq_export.build.findings import Findings, PrecisionProblem, refuse_problems
 from fptq_export.build.layer_list import EngineLayer
 
-__all__ = ["Int8Convolution", "check_int8_convolutions", "find_int8_convolutions", "is_of_convolution"]
+__all__ = [
+    "Int8Convolution",
+    "check_int8_convolutions",
+    "find_int8_convolutions",
+    "float_convolutions",
+    "is_of_convolution",
+]
 
 _INT8 = "Int8"
 _GENERATED = "kgen"
@@ -75,8 +81,12 @@ def check_int8_convolutions(
     """
     found = find_int8_convolutions(layers, convolutions, profiles)
     refuse_problems(found.problems)
-    in_float = {path for path, holders in found.holders.items() for layer in holders if not _reads_int8(layer)}
-    return tuple(path for path in convolutions if path in in_float)
+    return float_convolutions(found.holders, convolutions)
+
+
+def float_convolutions(holders: Mapping[str, Sequence[EngineLayer]], convolutions: Collection[str]) -> tuple[str, ...]:
+    """Those of the convolutions that multiply in float what their INT8 codes say."""
+    return tuple(path for path in convolutions if not all(map(_reads_int8, holders[path])))
 
 
 def find_int8_convolutions(

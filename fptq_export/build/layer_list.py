@@ -38,6 +38,7 @@ __all__ = [
     "layers_from_log",
     "layers_from_text",
     "names_matmul",
+    "precision_report",
 ]
 
 _INT4 = "Int4"
@@ -170,14 +171,26 @@ def check_layers(
     plugin, fused = plugin or {}, fused or {}
     found = find_int4_linears(layers, quantized, profiles, plugin)
     refuse_problems(found.problems)
+    return precision_report(layers, found.holders, quantized, profiles, plugin, fused)
+
+
+def precision_report(
+    layers: Sequence[EngineLayer],
+    holders: Mapping[str, Sequence[EngineLayer]],
+    quantized: Mapping[str, int],
+    profiles: int,
+    plugin: Mapping[str, str],
+    fused: Mapping[str, tuple[str, ...]],
+) -> PrecisionReport:
+    """What was found in an engine without problems: `holders` by `find_int4_linears`, the rest as of `check_layers`."""
     return PrecisionReport(
         quantized_linears=sum(len(fused.get(path, (path,))) for path in quantized),
         int4_constants=sum(constant.datatype == _INT4 for layer in layers for constant in layer.constants),
         int4_codes=sum(quantized.values()),
         unfused=tuple(
             path
-            for path, holders in found.holders.items()
-            if path not in plugin and not all(names_matmul(layer, path) for layer in holders)
+            for path in quantized
+            if path not in plugin and not all(names_matmul(layer, path) for layer in holders[path])
         ),
         layers_by_type=dict(sorted(Counter(layer.type for layer in layers).items())),
         profiles=profiles,

@@ -34,9 +34,7 @@ from fptq_export.pipeline.environment import environment
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.progress import Progress, Task
 
-__all__ = ["DEBUG_FILE", "run_cut", "run_debug"]
-
-DEBUG_FILE = "debug.json"
+__all__ = ["run_cut", "run_debug"]
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,9 @@ def run_debug(options: DebugOptions, command: str, console: Console, progress: P
         with progress.task("debug", walk.work, unit="layers") as task:
             for step in walk.steps():
                 walk.measure(step, task)
-        report = walk.report(command)
-    report = report.model_copy(
-        update={"seconds": time.monotonic() - started, "peak_memory_bytes": memory.bytes},
-    )
-    write_json_model(report, output.path / DEBUG_FILE)
-    return report, output.path / DEBUG_FILE
+        report = walk.report(command, time.monotonic() - started, memory.bytes)
+        write_json_model(report, output.debug)
+    return report, output.debug
 
 
 def run_cut(options: DebugOptions, progress: Progress) -> CutFiles:
@@ -233,8 +228,8 @@ class _Walk:
         self._layers[path] = self._layers[path].model_copy(update={"leave_one_out": found})
         task.advance()
 
-    def report(self, command: str) -> DebugReport:
-        """Everything, once the last segment was measured; time and memory are the caller's."""
+    def report(self, command: str, seconds: float, peak_memory_bytes: int) -> DebugReport:
+        """Everything, once the last segment was measured."""
         assert self._float_prediction is not None
         assert self._graph_prediction is not None
         float_perplexity = self._float_prediction.perplexity()
@@ -257,6 +252,6 @@ class _Walk:
             graph_kl=self._graph_prediction.mean_kl(),
             layers=self._layers,
             bad_layers=tuple(path for path, layer in self._layers.items() if layer.faults),
-            seconds=0.0,
-            peak_memory_bytes=0,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes,
         )

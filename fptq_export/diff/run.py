@@ -37,9 +37,8 @@ from fptq_export.verify.sessions import CausalSession
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DIFF_FILE", "run_diff"]
+__all__ = ["run_diff"]
 
-DIFF_FILE = "diff.json"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -103,12 +102,12 @@ def run_diff(options: DiffOptions, command: str, progress: Progress) -> tuple[Di
         for system in work.systems:
             found = _candidate(work, system, reference, hashes[system], progress)
             report = report.model_copy(update={"candidates": (*report.candidates, found)})
-            write_json_model(report, output.path / DIFF_FILE)
+            write_json_model(report, output.diff)
         if options.save_io is not None:
             with progress.task("Writing inputs and outputs", total=None):
                 session = graph_session(work.source, "onnx", all_logits=False)
                 save_io(session, work.graph, work.course, reference, record.runs, options.save_io)
-    return report, output.path / DIFF_FILE
+    return report, output.diff
 
 
 def _manifest(run: Path) -> Manifest:

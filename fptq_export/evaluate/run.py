@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
     from fptq_export.evaluate.tasks import LoadedTasks
 
-__all__ = ["EVAL_FILE", "run_eval"]
+__all__ = ["run_eval"]
 
-EVAL_FILE = "eval.json"
 MAX_LENGTH = 2048
 """Longest input when the user names none: one run of it holds 4 x 2048 x V bytes of logits."""
 
@@ -87,8 +86,8 @@ def run_eval(options: EvalOptions, command: str, console: Console, progress: Pro
         report = _empty_report(options, command, work)
         for system in systems:
             report = _with_system(report, work, system, hashes[system], progress)
-            write_json_model(report, output.path / EVAL_FILE)
-    return report, output.path / EVAL_FILE
+            write_json_model(report, output.eval)
+    return report, output.eval
 
 
 def _is_run(path: Path) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from fptq_export.inspect.report import Cell, Inspection, Section
-from fptq_export.policy import LayerPolicy, Policy, read_policy
+from fptq_export.policy import LayerPolicy, Policy, mean_bits, read_policy
 
 __all__ = ["inspect_policy", "sections_from_policy"]
 
@@ -27,20 +27,20 @@ def sections_from_policy(policy: Policy) -> tuple[Section, ...]:
 
 
 def _about(policy: Policy) -> Section:
-    layers, quantized = policy.layers.values(), policy.quantized().values()
-    weights, all_weights = sum(map(_weights, quantized)), sum(map(_weights, layers))
+    quantized = policy.quantized().values()
     rows: list[tuple[Cell, ...]] = [
         ("model", policy.model),
         ("rule", f"{policy.rule.name}, equalizer {policy.rule.equalizer}, v0 {policy.rule.v0}, v1 {policy.rule.v1}"),
         ("linears", len(policy.layers)),
         ("of these quantized", len(quantized)),
     ]
-    if weights:
-        bits = sum((layer.bits_per_weight or 0.0) * _weights(layer) for layer in quantized) / weights
-        rows.append(("bits per quantized weight, scales included", round(bits, 3)))
-    if all_weights:
-        bits = sum(layer.effective_bits * _weights(layer) for layer in layers) / all_weights
-        rows.append(("bits per weight of all linears, 16 where float", round(bits, 3)))
+    for what, layers in (
+        ("bits per quantized weight, scales included", quantized),
+        ("bits per weight of all linears, 16 where float", policy.layers.values()),
+    ):
+        bits = mean_bits(layers)
+        if bits is not None:
+            rows.append((what, round(bits, 3)))
     return Section(name="about", title="policy", columns=("what", "value"), rows=tuple(rows))
 
 
@@ -49,7 +49,7 @@ def _runs(policy: Policy) -> Section:
     rows: list[tuple[Cell, ...]] = []
     for runs, count in counts.most_common():
         alike = [layer for layer in policy.layers.values() if layer.runs == runs]
-        bits = sum(layer.effective_bits * _weights(layer) for layer in alike) / sum(map(_weights, alike))
+        bits = mean_bits(alike) or 0.0
         ranges = [layer.input_absmax for layer in alike if layer.input_absmax is not None]
         spread = f"{min(ranges):.3g} to {max(ranges):.3g}" if ranges else None
         rows.append((runs, count, sum(map(_weights, alike)), round(bits, 3), spread))

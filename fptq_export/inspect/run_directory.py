@@ -9,6 +9,7 @@ from fptq_export.inspect.policy_file import sections_from_policy
 from fptq_export.inspect.report import Cell, Inspection, Section
 from fptq_export.package.manifest import FileRecord, Manifest, manifest_of_run, record_from_file
 from fptq_export.package.run_of_engine import engines_of_run
+from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import read_policy
 
 __all__ = ["inspect_run"]
@@ -25,7 +26,7 @@ def inspect_run(directory: Path) -> Inspection:
     manifest = manifest_of_run(directory)
     sections, problems = [_about(manifest), _files(manifest)], _changes(manifest, directory)
     precision: tuple[str, ...] = ()
-    policy = directory / "policy.json"
+    policy = RunDirectory(directory).policy
     if policy.is_file():
         sections += sections_from_policy(read_policy(policy))
     for record in engines_of_run(manifest):

@@ -12,13 +12,13 @@ from fptq_export.monitor.options import MonitorOptions
 from fptq_export.monitor.report import Finding, MonitorReport, RowFigures, figures_of_row
 from fptq_export.monitor.totals import RangeTotals
 from fptq_export.monitor.values import calls_from_file
+from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.policy import Policy, read_policy
 from fptq_export.progress import Progress
 from fptq_export.range_outputs import RangeOutputs, RangeRow, read_range_outputs
 
-__all__ = ["MONITOR_FILE", "compare", "run_monitor"]
+__all__ = ["compare", "run_monitor"]
 
-MONITOR_FILE = "monitor.json"
 _HINTS: dict[Finding, str] = {
     "saturates": "clipped: quantize again with --calib-dataset of that traffic (ONNX models: --calib-data), or set"
     " these layers to per_token in policy.json and replay it with --policy",
@@ -70,7 +70,7 @@ def run_monitor(options: MonitorOptions, command: str, progress: Progress) -> tu
         rows=rows,
         hints=tuple(_hints(rows)),
     )
-    target = (options.output or options.source) / MONITOR_FILE
+    target = RunDirectory(options.output or options.source).monitor
     write_json_model(report, target)
     return report, target
 
@@ -96,11 +96,12 @@ def compare(
 
 
 def _ranges_of_run(directory: Path) -> tuple[RangeOutputs, Policy]:
-    path = directory / "range_outputs.json"
+    run = RunDirectory(directory)
+    path = run.range_outputs
     if not path.is_file():
         hint = f"fptq-export rewrite {directory} --emit-range-outputs writes a graph with one"
         raise UserError(str(path), "no such file: the graph of this run has no range output", hint)
-    ranges, policy = read_range_outputs(path), read_policy(directory / "policy.json")
+    ranges, policy = read_range_outputs(path), read_policy(run.policy)
     scales = {path: layer.activation_scale for path, layer in policy.layers.items()}
     scales |= {path: entry.activation_scale for path, entry in policy.convolutions.items()}
     changed = [name for row in ranges.rows for name in row.layers if scales.get(name) != row.scale]

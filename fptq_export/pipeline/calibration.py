@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from fptq_export.pipeline.check_options import quantizes_block_by_block
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.pipeline.stages import StageRunner
 from fptq_export.pipeline.task_options import check_length
-from fptq_export.policy import LayerPolicy, Policy, WeightMethod, write_policy
+from fptq_export.policy import Policy, WeightMethod, mean_bits, write_policy
 from fptq_export.progress import Progress
 from fptq_export.sites import Sites
 from fptq_export.tasks import gives_hidden_states
@@ -329,12 +329,6 @@ def summary_from_policy(policy: Policy) -> dict[str, Any]:
         "equalized_sites": dict(Counter(entry.method for entry in policy.equalizations().values())),
         "float_layers": len(policy.layers) - len(quantized),
         "precisions": dict(sorted(Counter(layer.precision for layer in policy.layers.values()).items())),
-        "bits_per_weight": _mean_bits(quantized),
-        "effective_bits": _mean_bits(list(policy.layers.values())),
+        "bits_per_weight": mean_bits(quantized),
+        "effective_bits": mean_bits(policy.layers.values()),
     }
-
-
-def _mean_bits(layers: Sequence[LayerPolicy]) -> float | None:
-    weights = [layer.in_features * layer.out_features for layer in layers]
-    bits = sum(layer.effective_bits * count for layer, count in zip(layers, weights, strict=True))
-    return bits / sum(weights) if weights else None

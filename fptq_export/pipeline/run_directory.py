@@ -101,6 +101,36 @@ class RunDirectory:
         return self.path / "verify.json"
 
     @property
+    def eval(self) -> Path:
+        """What `fptq-export eval` measured."""
+        return self.path / "eval.json"
+
+    @property
+    def diff(self) -> Path:
+        """What `fptq-export diff` measured."""
+        return self.path / "diff.json"
+
+    @property
+    def debug(self) -> Path:
+        """What `fptq-export debug` found."""
+        return self.path / "debug.json"
+
+    @property
+    def activations(self) -> Path:
+        """What `fptq-export stats` measured."""
+        return self.path / "stats.json"
+
+    @property
+    def activations_plot(self) -> Path:
+        """The same as a picture, where matplotlib is installed."""
+        return self.path / "stats.svg"
+
+    @property
+    def monitor(self) -> Path:
+        """What `fptq-export monitor` found."""
+        return self.path / "monitor.json"
+
+    @property
     def build_log(self) -> Path:
         """TensorRT's verbose log, which the layer check reads."""
         return self.path / "build.log"
