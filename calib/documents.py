@@ -11,7 +11,7 @@ from typing import Any
 
 from fptq_export.errors import UserError
 
-__all__ = ["SOURCES_HINT", "documents_from_source", "is_text_file"]
+__all__ = ["SOURCES_HINT", "documents_from_source", "is_text_file", "needs_tokenizer"]
 
 SOURCES_HINT = (
     "choose builtin, random, a .txt, .jsonl, .fasta or .npz file, or the id of a data set"
@@ -27,6 +27,11 @@ _SHUFFLE_BUFFER = 10_000
 def is_text_file(source: str) -> bool:
     """Whether a source is a file by its name: such a source has an end."""
     return Path(source).suffix in (".txt", ".jsonl", *_FASTA)
+
+
+def needs_tokenizer(source: str) -> bool:
+    """Whether a source is text: not token ids, nor random ones."""
+    return source != "random" and Path(source).suffix != ".npz"
 
 
 def documents_from_source(source: str, seed: int) -> Iterator[str]:

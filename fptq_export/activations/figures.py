@@ -18,9 +18,12 @@ from fptq_export.policy import Activation
 __all__ = ["OUTLIER_RATIO", "LayerRange", "inputs_from_stats", "merged"]
 
 OUTLIER_RATIO = 10.0
-"""An outlier channel reaches this many times as far as half of the channels do. One INT8 scale then leaves those at
-most 127 / 10 = 12 steps of one sign, fewer than 4 bits tell apart."""
+"""An outlier channel reaches this many times as far as half of the channels do. One INT8 scale then leaves those 12 of
+127 steps of a sign: less than 5 of the 8 bits."""
+
 Vector = NDArray[np.float32]
+LayerKey = tuple[bytes, Activation | None, float | None]
+"""What the statistics of linears that read one tensor have in common, beside the maxima."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,6 @@ def inputs_from_stats(
     for path, absmax in whole.channel_absmax.items():
         groups.setdefault((absmax.tobytes(), _key(whole.histogram(path), ranges[path])), []).append(path)
     return tuple(_figures(tuple(paths), parts, whole, held_out, ranges, max_range_ratio) for paths in groups.values())
-
-
-LayerKey = tuple[bytes, Activation | None, float | None]
 
 
 def _key(histogram: Histogram, found: LayerRange) -> LayerKey:

@@ -14,6 +14,7 @@ import numpy as np
 from calib.auto import can_plot
 from calib.batches import CalibrationOptions, TextOptions, TokenBatches, evaluation_batches, token_batches
 from calib.checks import check_checkpoint
+from calib.documents import needs_tokenizer
 from calib.halves import calibrated_model_from_checkpoint
 from calib.linears import LinearWeights
 from calib.load import Checkpoint, checkpoint_from_model, stored_dtype, tokenizer_from_checkpoint
@@ -166,8 +167,8 @@ def _batches(options: StatsOptions, opened: _Opened) -> tuple[TokenBatches, Toke
     }
     wanted = replace(known, **given)  # type: ignore[arg-type] # the options have the types of the fields
     text = TextOptions(options.text, options.eval_windows, options.eval_seq, wanted.seed)
-    needs_no_text = wanted.dataset == "random" or wanted.dataset.endswith(".npz")
-    tokenizer = None if needs_no_text and text.source.endswith(".npz") else tokenizer_from_checkpoint(opened.checkpoint)
+    reads_text = needs_tokenizer(wanted.dataset) or needs_tokenizer(text.source)
+    tokenizer = tokenizer_from_checkpoint(opened.checkpoint) if reads_text else None
     vocab_size = opened.checkpoint.config.get_text_config().vocab_size
     encoder = gives_hidden_states(opened.checkpoint.task)
     return (

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calib.batches import TextOptions, TokenBatches, evaluation_batches
+from calib.documents import needs_tokenizer
 from calib.equalize import LinearScales, scales_from_sites
 from calib.load import Checkpoint, tokenizer_from_checkpoint
 from fptq_export.debug.graph_linears import GraphLinear, linears_of_graph
@@ -78,7 +79,7 @@ def open_run(options: DebugOptions, progress: Progress) -> OpenedRun:
     linears = linears_of_graph(graph, policy)
     if not linears:
         raise UserError(str(run.policy), "quantizes no layer", "there is nothing to find")
-    tokenizer = None if options.text.endswith(".npz") else tokenizer_from_checkpoint(checkpoint)
+    tokenizer = tokenizer_from_checkpoint(checkpoint) if needs_tokenizer(options.text) else None
     text = TextOptions(options.text, options.windows, options.seq, manifest.options.seed)
     return OpenedRun(
         directory=run,

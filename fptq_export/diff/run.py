@@ -14,6 +14,7 @@ import torch
 
 from calib.batches import TextOptions, TokenBatches, evaluation_batches
 from calib.checks import check_checkpoint
+from calib.documents import needs_tokenizer
 from calib.load import tokenizer_from_checkpoint
 from fptq_export import __version__
 from fptq_export.diff.engine_session import engine_problem, opened_engine
@@ -125,7 +126,7 @@ def _work(options: DiffOptions, manifest: Manifest, workdir: Path, progress: Pro
     systems, left_out = _chosen(options, source, manifest, engine)
     if options.save_io is not None and (problem := source.problem("onnx")) is not None:
         raise UserError("--save-io", problem, "the graph says which inputs there are, and of which type")
-    tokenizer = None if options.text.endswith(".npz") else tokenizer_from_checkpoint(source.checkpoint)
+    tokenizer = tokenizer_from_checkpoint(source.checkpoint) if needs_tokenizer(options.text) else None
     text = TextOptions(options.text, options.eval_windows, options.eval_seq, options.seed)
     batches = evaluation_batches(text, tokenizer, source.vocab_size)
     course = course_from_windows(batches.tokens, options.decode_steps)

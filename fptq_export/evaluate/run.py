@@ -15,6 +15,7 @@ from rich.console import Console
 
 from calib.batches import TextOptions, TokenBatches, evaluation_batches
 from calib.checks import check_checkpoint
+from calib.documents import needs_tokenizer
 from calib.load import tokenizer_from_checkpoint
 from fptq_export import __version__
 from fptq_export.errors import UserError
@@ -102,8 +103,8 @@ def _output_directory(options: EvalOptions) -> RunDirectory:
 
 
 def _work(source: Source, options: EvalOptions, systems: tuple[System, ...], progress: Progress) -> _Work:
-    needs_tokenizer = bool(options.tasks) or any(not text.endswith(".npz") for text in options.text)
-    tokenizer = tokenizer_from_checkpoint(source.checkpoint) if needs_tokenizer else None
+    reads_text = bool(options.tasks) or any(map(needs_tokenizer, options.text))
+    tokenizer = tokenizer_from_checkpoint(source.checkpoint) if reads_text else None
     texts = {
         text: evaluation_batches(
             TextOptions(text, options.eval_windows, options.eval_seq, options.seed), tokenizer, source.vocab_size

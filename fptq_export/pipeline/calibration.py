@@ -18,6 +18,7 @@ from calib.batches import CalibrationOptions, TokenBatches, token_batches
 from calib.choose_equalization import EqualizerOptions
 from calib.decide import PolicyOptions, decide_policy
 from calib.devices import device_from_option
+from calib.documents import needs_tokenizer
 from calib.graph_weights import GraphWeights
 from calib.halves import calibrated_model_from_checkpoint
 from calib.hessians import hessian_writer, owners_from_sites
@@ -126,8 +127,7 @@ def _batches(checkpoint: Checkpoint, options: RunOptions) -> TokenBatches:
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    needs_no_text = options.calib_dataset == "random" or options.calib_dataset.endswith(".npz")
-    tokenizer = None if needs_no_text else tokenizer_from_checkpoint(checkpoint)
+    tokenizer = tokenizer_from_checkpoint(checkpoint) if needs_tokenizer(options.calib_dataset) else None
     vocab_size = checkpoint.config.get_text_config().vocab_size
     return token_batches(wanted, tokenizer, vocab_size, encoder=gives_hidden_states(checkpoint.task))
 

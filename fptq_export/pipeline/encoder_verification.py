@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from calib.batches import TextOptions, evaluation_batches
+from calib.documents import needs_tokenizer
 from calib.load import Checkpoint, model_from_checkpoint, tokenizer_from_checkpoint
 from calib.padding import PADDING
 from calib.session import TorchEncoderSession
@@ -29,7 +30,7 @@ def verify_encoder(
     """Compare the quantized graph with the FP32 model on texts that calibration did not see."""
     check_length("--eval-seq", options.eval_seq, sites)
     wanted = TextOptions(options.eval_text, options.eval_sentences, options.eval_seq, options.seed)
-    tokenizer = None if options.eval_text.endswith(".npz") else tokenizer_from_checkpoint(checkpoint)
+    tokenizer = tokenizer_from_checkpoint(checkpoint) if needs_tokenizer(options.eval_text) else None
     vocab_size = checkpoint.config.get_text_config().vocab_size
     model = model_from_checkpoint(checkpoint, torch.float32)
     encoder = model.get_encoder() if is_half(checkpoint.task) else model

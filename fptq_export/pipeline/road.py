@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from calib.documents import needs_tokenizer
 from calib.ranks import ALONE, Ranks
 from fptq_export import __version__
 from fptq_export.build.targets import module_name, target_from_option
@@ -150,8 +151,8 @@ class _Road:
         return self._options.model_dump(mode="json", include=set(names))
 
     def _load(self) -> None:
-        verifies_text = self._options.verify and not self._options.eval_text.endswith(".npz")
-        needs_text = verifies_text or not (self._replays or self._options.calib_dataset == "random")
+        verifies_text = self._options.verify and needs_tokenizer(self._options.eval_text)
+        needs_text = verifies_text or (not self._replays and needs_tokenizer(self._options.calib_dataset))
         parts = {**self._option_parts("dtype", "rotate", "adapter"), "needs_text": needs_text}
         inputs = self._models.source_files()
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))

@@ -251,6 +251,15 @@ def test_random_tokens_need_no_tokenizer(tiny_llama_copy: Path, tmp_path: Path, 
     assert command(tiny_llama_copy, *words).code == 0
 
 
+def test_token_ids_need_no_tokenizer(tiny_llama_copy: Path, tmp_path: Path, command: Command) -> None:
+    """Calibration on ids reads no text either, so a checkpoint without a tokenizer is not refused for want of one."""
+    remove_tokenizer(tiny_llama_copy)
+    ids = tmp_path / "ids.npz"
+    np.savez(ids, input_ids=np.random.default_rng(0).integers(0, 512, (2, 80)))
+    done = command(tiny_llama_copy, "-o", tmp_path / "run", "--calib-dataset", ids, "--no-verify", *SMALL)
+    assert done.code == 0, done.err
+
+
 def test_activations_that_overflow_name_the_layer(tiny_llama_copy: Path, tmp_path: Path, command: Command) -> None:
     """Weights that are finite and produce infinite activations are found in calibration, not in the engine."""
     path = tiny_llama_copy / "model.safetensors"
