@@ -19,6 +19,7 @@ __all__ = [
     "PartFigures",
     "RunRecord",
     "gate_thresholds",
+    "threshold_failures",
 ]
 
 DIFF_SCHEMA_VERSION: Literal[1] = 1
@@ -107,17 +108,22 @@ class DiffReport(_Model):
     """Candidates that nobody asked for by name and that cannot be had here, with the reason."""
 
 
-def gate_thresholds(report: DiffReport) -> None:
-    """Refuse candidates beyond a threshold.
-
-    Raises:
-        GateError: One is; a sentence for each limit of each candidate that does not hold.
-    """
-    failures = [
+def threshold_failures(report: DiffReport) -> list[str]:
+    """A sentence for each limit of each candidate that does not hold."""
+    return [
         f"{candidate.system}: {failure}"
         for candidate in report.candidates
         for failure in _failures(candidate, report.thresholds)
     ]
+
+
+def gate_thresholds(report: DiffReport) -> None:
+    """Refuse candidates beyond a threshold.
+
+    Raises:
+        GateError: One is; says what `threshold_failures` says.
+    """
+    failures = threshold_failures(report)
     if failures:
         raise GateError("\n".join(failures) + "\n  -> look at diff.json, or keep more layers in float with --exclude")
 

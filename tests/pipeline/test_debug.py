@@ -20,7 +20,7 @@ from fptq_export.graph_io import data_path, lazy_tensor, load_graph, save_graph,
 from fptq_export.packing import packed_from_int4
 from fptq_export.policy import arrays_path, read_policy
 from tests.pipeline.conftest import SMALL, Command
-from tests.pipeline.test_polygraphy import polygraphy
+from tests.support.polygraphy import run_polygraphy
 
 RUN = (*SMALL, "--target", "onnx", "--no-verify", "--group-size", "32")
 """Without an engine; several groups a row, so that scales can be shifted."""
@@ -271,8 +271,9 @@ def test_polygraphy_runs_a_layer_that_was_cut_out(equalized_run: Path, tmp_path:
     assert done.code == 0, done.err
     words = done.out.split()
     assert words[:2] == ["polygraphy", "run"]
-    output = polygraphy(*words[1:], directory=tmp_path)
-    assert "PASSED" in output
+    compared = run_polygraphy(*words[1:], directory=tmp_path)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "PASSED" in compared.stdout
     assert not (equalized_run / "debug.json").exists()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from fptq_export.errors import ExitCode
 from fptq_export.files import read_json_model
 from fptq_export.verify.report import VerifyReport
 from tests.pipeline.conftest import Command
+from tests.support.polygraphy import run_polygraphy
 
 FLOAT64_TOLERANCE = 1000 * 2.0**-53
 """Relative: the same logits, added up in another order by two float64 programs of at most a thousand terms."""
@@ -61,11 +60,8 @@ def test_figures_are_those_of_verification(saved: Path, finished_run: Path) -> N
 
 def polygraphy(graph: Path, inputs: Path, outputs: Path) -> subprocess.CompletedProcess[str]:
     """The README's command."""
-    words = ["run", graph, "--onnxrt", "--load-inputs", inputs, "--load-outputs", outputs, "--compare"]
-    compare = ["cosine_similarity", "--cosine-similarity-threshold", f"logits:{LEAST_COSINE}"]
-    command = [str(Path(sys.executable).with_name("polygraphy")), *map(str, [*words, *compare])]
-    environment = {**os.environ, "POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    compare = ("--compare", "cosine_similarity", "--cosine-similarity-threshold", f"logits:{LEAST_COSINE}")
+    return run_polygraphy("run", graph, "--onnxrt", "--load-inputs", inputs, "--load-outputs", outputs, *compare)
 
 
 def test_polygraphy_accepts_good_outputs_and_refuses_others(saved: Path, finished_run: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.polygraphy import run_polygraphy
 
 SHAPES = (
     "input_ids:[1,8]",
@@ -16,10 +16,9 @@ LEAST_COSINE = "0.999"
 """Both forms hold the same codes and scales; FP16 rounding (2^-11) and the INT8 codes it flips are all that differs."""
 
 
-def polygraphy(*words: str, directory: Path) -> str:
-    """Run the command and return its output."""
-    command = [str(Path(sys.executable).with_name("polygraphy")), *words]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+def polygraphy(*words: object, directory: Path) -> str:
+    """Run the command, which must succeed, and return its output."""
+    done = run_polygraphy(*words, directory=directory)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,10 @@ from numpy.typing import NDArray
 from fptq_export.errors import UserError
 from fptq_export.verify.polygraphy_diff import diff_sessions
 from fptq_export.verify.sessions import OnnxCausalSession
+from tests.support.polygraphy import run_polygraphy
 
 FLOAT32_TOLERANCE = 3072 * 2.0**-23
 """Relative: Polygraphy adds 24 x 128 squares in float32."""
-
-
-def _polygraphy(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Polygraphy's own command line."""
-    command = [str(Path(sys.executable).with_name("polygraphy")), *map(str, arguments)]
-    environment = {**os.environ, "POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
 def test_figures_equal_their_formulas(make_toy: Any, windows: NDArray[np.int64]) -> None:
@@ -100,7 +91,7 @@ _COMPARE = ("--compare", "cosine_similarity", "psnr", "l2", "--l2-threshold", "1
 def test_command_line_accepts_the_same_model(tiny_llama: Any, saved: tuple[Path, Path]) -> None:
     """`polygraphy run` on the FP16 graph with our files compares its logits with the FP32 ones, and passes."""
     inputs, outputs = saved
-    done = _polygraphy(
+    done = run_polygraphy(
         "run", tiny_llama.fp16, "--onnxrt", "--load-inputs", inputs, "--load-outputs", outputs, *_COMPARE
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,14 +105,16 @@ def test_command_line_refuses_other_outputs(tiny_llama: Any, saved: tuple[Path, 
     reference = OnnxCausalSession(tiny_llama.fp32, threads=1)
     others = tmp_path / "others.json"
     diff_sessions(reference, reference, tiny_llama.ids[1], save_outputs_path=others)
-    done = _polygraphy("run", tiny_llama.fp16, "--onnxrt", "--load-inputs", inputs, "--load-outputs", others, *_COMPARE)
+    done = run_polygraphy(
+        "run", tiny_llama.fp16, "--onnxrt", "--load-inputs", inputs, "--load-outputs", others, *_COMPARE
+    )
     assert done.returncode != 0
     assert "FAILED" in done.stdout
 
 
 def test_command_line_inspects_the_graph(tiny_llama: Any) -> None:
     """`polygraphy inspect model` reads the graph with its external weights."""
-    done = _polygraphy("inspect", "model", tiny_llama.fp16, "--show", "layers", "weights")
+    done = run_polygraphy("inspect", "model", tiny_llama.fp16, "--show", "layers", "weights")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "past_key_values.1.value" in done.stdout
     assert "MatMul" in done.stdout
