@@ -153,5 +153,5 @@ def tiny_whisper() -> PretrainedConfig:
     layers = {"layers": 1, "attention_heads": 4, "ffn_dim": 128}
     halves: dict[str, Any] = {f"{half}_{name}": it for half in ("encoder", "decoder") for name, it in layers.items()}
     tokens: dict[str, Any] = {"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1}
-    tables = {"num_mel_bins": 16, "max_source_positions": 12, "max_target_positions": 96}
+    tables: dict[str, Any] = {"num_mel_bins": 16, "max_source_positions": 12, "max_target_positions": 96}
     return WhisperConfig(**halves, **tokens, **tables, d_model=64, vocab_size=512, init_std=_SPREAD)
