@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import tomllib
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fptq_export
 from tests.containers.conftest import ALL_STEPS, ROOT, SAMPLE
+from tests.containers.installed import requirements_from_file
 from tests.containers.steps import Instruction, Machine, Recipe, Stage, build, read_recipe
 
 FINAL = ("cpu", "triton")
@@ -152,25 +154,21 @@ def test_triton_image_shows_the_package_to_the_python_backend(images: Mapping[st
     }
 
 
-def requirements(name: str) -> set[str]:
-    """The packages a requirements file of the sample lists."""
-    lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines()
-    return {Requirement(line).name for line in lines if line and not line.startswith("#")}
-
-
 def test_packages_of_the_plugin_stage_are_the_extra() -> None:
     """What compiles the plugin in the image is the extra `plugin`, beside what the command itself imports."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extra = {Requirement(text).name for text in project["optional-dependencies"]["plugin"]}
-    assert requirements("requirements.plugin.txt") == extra | {"pydantic", "rich"}
+    listed = {requirement.name for requirement in requirements_from_file(SAMPLE / "requirements.plugin.txt")}
+    assert listed == extra | {"pydantic", "rich"}
 
 
 @pytest.mark.parametrize("name", ["requirements.plugin.txt", "requirements.serve.txt"])
 def test_packages_of_the_images_are_pinned(name: str) -> None:
     """Each listed package has its version in constraints.txt, so that two builds install the same."""
-    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().splitlines()
-    names = {line.partition("==")[0] for line in pins}
-    assert {package for package in requirements(name) if package.lower() not in names} == set()
+    pins = {canonicalize_name(requirement.name) for requirement in requirements_from_file(ROOT / "constraints.txt")}
+    assert {
+        canonicalize_name(requirement.name) for requirement in requirements_from_file(SAMPLE / name)
+    } - pins == set()
 
 
 def dockerfile(tmp_path: Path, text: str) -> Recipe:
