@@ -74,6 +74,12 @@ def test_service_builds_a_stage_of_the_dockerfile(recipe: Recipe, name: str) -> 
     assert built["target"] in recipe.stages
 
 
+def test_triton_is_not_killed_while_it_ends_what_it_has_begun() -> None:
+    """The grace period of the service is longer than Triton's own timeout."""
+    options = dict(word.split("=") for word in SERVICES["triton"]["command"] if word.startswith("--"))
+    assert int(SERVICES["triton"]["stop_grace_period"].removesuffix("s")) > int(options["--exit-timeout-secs"])
+
+
 def test_only_triton_asks_for_a_gpu() -> None:
     """`--profile cpu` starts on a machine without one."""
     asks = {

@@ -182,7 +182,7 @@ def test_runner_stops_at_a_step_that_fails(tmp_path: Path) -> None:
     recipe = dockerfile(tmp_path, "FROM python:3.11.1-slim AS one\nRUN echo reason >&2; exit 3\n")
     machine = Machine(tmp_path, {"PATH": "/usr/bin:/bin"}, lambda command, stage: False)
     with pytest.raises(AssertionError, match="reason"):
-        build(recipe, ["one"], tmp_path / "root", machine)
+        build(recipe, ["one"], tmp_path / "images", machine)
 
 
 def test_runner_moves_paths_and_copies_between_stages(tmp_path: Path) -> None:
@@ -196,9 +196,9 @@ def test_runner_moves_paths_and_copies_between_stages(tmp_path: Path) -> None:
     )
     assert recipe.needed_by("two") == ["one", "two"]
     machine = Machine(tmp_path, {"PATH": "/usr/bin:/bin"}, lambda command, stage: False)
-    stage = build(recipe, ["two"], tmp_path / "root", machine)["two"]
-    assert (tmp_path / "root" / "two" / "out" / "deep" / "word").read_text(encoding="utf-8") == "a b\n"
-    assert stage.variables["PATH"] == f"{tmp_path}/root/two/out/bin:/usr/bin:/bin"
+    stage = build(recipe, ["two"], tmp_path / "images", machine)["two"]
+    assert (tmp_path / "images" / "two" / "out" / "deep" / "word").read_text(encoding="utf-8") == "a b\n"
+    assert stage.variables["PATH"] == f"{tmp_path}/images/two/out/bin:/usr/bin:/bin"
     assert stage.recorded == {"USER": "7:7"}
 
 
@@ -208,4 +208,4 @@ def test_runner_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert recipe.stages["one"] == (Instruction("ADD", "a b"),)
     machine = Machine(tmp_path, {"PATH": "/usr/bin:/bin"}, lambda command, stage: False)
     with pytest.raises(AssertionError, match="ADD is not known"):
-        build(recipe, ["one"], tmp_path / "root", machine)
+        build(recipe, ["one"], tmp_path / "images", machine)

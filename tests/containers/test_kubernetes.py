@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -118,6 +119,13 @@ def test_every_setting_reaches_the_server() -> None:
     used = re.findall(r"\$\((\w+)\)", " ".join(CONTAINER["args"]))
     assert sorted(used) == sorted(SETTINGS)
     assert CONTAINER["envFrom"] == [{"configMapRef": {"name": READ["configmap.yaml"]["metadata"]["name"]}}]
+
+
+def test_server_is_started_as_the_image_starts_it(recipe: Recipe) -> None:
+    """The arguments of the Pod begin with the command of the image; options follow."""
+    (command,) = (json.loads(step.value) for step in recipe.stages["triton"] if step.name == "CMD")
+    assert CONTAINER["args"][: len(command)] == command
+    assert [word for word in CONTAINER["args"][len(command) :] if not word.startswith("--")] == []
 
 
 def test_grace_period_is_longer_than_a_shutdown_takes() -> None:
