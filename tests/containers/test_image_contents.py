@@ -20,6 +20,8 @@ from tests.containers.steps import Stage
 LISTED = requirements_from_file(SAMPLE / "requirements.serve.txt")
 PROMPT = "The licence of a program"
 TOKENS = 4
+IMPORTED_LATER = {"jinja2"}
+"""Needed once a chat comes: the model of the test has no chat template."""
 _SERVE = f"""
 import json, sys
 from fptq_export.runtime import Sampling, Session
@@ -80,4 +82,4 @@ def test_every_listed_package_is_imported(answer: Answer) -> None:
     """What serving stops to need leaves the image."""
     distributions = packages_distributions()
     used = {canonicalize_name(name) for module in answer.imported for name in distributions.get(module, [])}
-    assert {canonicalize_name(requirement.name) for requirement in LISTED} - used == set()
+    assert {canonicalize_name(requirement.name) for requirement in LISTED} - used == IMPORTED_LATER
