@@ -77,7 +77,7 @@ OPTIONAL_IMPORTS = {
     *("datasets", "google", "jinja2", "lm_eval", "markupsafe", "matplotlib", "pynvml", "pytriton", "tensorrt"),
     *("tensorrt_rtx", "triton_python_backend_utils", "tritonclient"),
 }
-"""Imported only where an extra installs them (`google.protobuf` comes with tritonclient), or where Triton gives them."""
+"""Imported only where an extra installs them (google.protobuf with tritonclient), or where Triton gives them."""
 
 
 @pytest.fixture(scope="module")
