@@ -24,8 +24,6 @@ class Models:
     """In the order in which a server may see them: an engine before the text model that calls it."""
     needs: tuple[str, ...]
     """What the server must have, in words."""
-    plugins: tuple[str, ...] = ()
-    """Libraries the server must load, relative to the repository."""
     notes: tuple[str, ...] = ()
 
 

@@ -7,10 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-__all__ = ["TritonOptions", "Variant"]
+__all__ = ["Graph", "TritonOptions", "Variant"]
 
 Variant = Literal["stateless", "stateful", "cpu"]
 """The text model carries the KV cache from call to call; the server keeps it; ONNX Runtime runs the portable graph."""
+
+Graph = Literal["w4a8", "float"]
 
 
 class TritonOptions(BaseModel):
@@ -27,6 +29,8 @@ class TritonOptions(BaseModel):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Of the text model; None takes the name of the run directory."""
     variant: Variant = "stateless"
+    graph: Graph = "w4a8"
+    """Of the `cpu` variant; `float` is the model before quantization, to compare with."""
     version: PositiveInt | None = None
     """None takes the next free one."""
     keep_versions: PositiveInt = 1

@@ -34,8 +34,9 @@ class TritonReport(_Model):
     schema_version: Literal[1] = TRITON_SCHEMA_VERSION
     tool_version: str
     command: str
-    source: str
-    variant: Variant
+    source: str | None
+    """Run directory; a router has none."""
+    variant: Variant | Literal["router"]
     models: tuple[ModelEntry, ...]
     needs: tuple[str, ...]
     """What the server must have, in words."""

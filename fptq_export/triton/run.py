@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
 from fptq_export import __version__
 from fptq_export.errors import UserError
-from fptq_export.files import write_json_model
+from fptq_export.files import sha256_from_file, write_json_model
 from fptq_export.package.manifest import manifest_of_run
 from fptq_export.triton.engine_models import engine_models
 from fptq_export.triton.models import Models
-from fptq_export.triton.options import TritonOptions
+from fptq_export.triton.options import TritonOptions, Variant
 from fptq_export.triton.report import REPORT_FILE, ModelEntry, TritonReport
 from fptq_export.triton.repository import staging, write_script, write_version
+from fptq_export.triton.router import router_models
+from fptq_export.triton.router_options import RouterOptions
 from fptq_export.triton.start_script import START_SCRIPT, start_script
 from fptq_export.triton.text_models import cpu_models
 
-__all__ = ["run_triton"]
+__all__ = ["run_router", "run_triton"]
 
 
 def run_triton(options: TritonOptions, command: str) -> TritonReport:
@@ -35,19 +38,43 @@ def run_triton(options: TritonOptions, command: str) -> TritonReport:
     manifest = manifest_of_run(options.source)
     make = cpu_models if options.variant == "cpu" else engine_models
     models = make(options, manifest)
-    report = _report(options, models, command)
-    options.repository.absolute().parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_beside(options.repository, ".lock"), blocking=False)
+    report = _report(models, command, str(options.source), options.variant)
+    _write(models, options.repository, report)
+    return report
+
+
+def run_router(options: RouterOptions, command: str) -> TritonReport:
+    """Write a router into a repository.
+
+    Raises:
+        UserError: It routes to what is not there; nothing was written then. Or another command writes into the
+            repository.
+    """
+    models = router_models(options)
+    report = _report(models, command, None, "router")
+    _write(models, options.repository, report)
+    return report
+
+
+def _write(models: Models, repository: Path, report: TritonReport) -> None:
+    repository.absolute().parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_beside(repository, ".lock"), blocking=False)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(str(options.repository), "another command writes into it", "wait for it") from None
-    with lock, staging(options.repository.absolute()) as scratch:
+        raise UserError(str(repository), "another command writes into it", "wait for it") from None
+    with lock, staging(repository.absolute()) as scratch:
         for model in models.versions:
-            write_version(model, options.repository, scratch)
-        write_script(start_script(models.plugins), options.repository / START_SCRIPT)
-        write_json_model(report, options.repository / REPORT_FILE)
-    return report
+            write_version(model, repository, scratch)
+        write_script(start_script(_plugins_in(repository)), repository / START_SCRIPT)
+        write_json_model(report, repository / REPORT_FILE)
+
+
+def _plugins_in(repository: Path) -> list[str]:
+    """Libraries that engines of the repository need, each once; of equal ones that of the newest version."""
+    found = sorted(repository.glob("*/*/*.so"), key=lambda path: int(path.parent.name), reverse=True)
+    once = {sha256_from_file(path): path for path in reversed(found)}
+    return sorted(str(path.relative_to(repository)) for path in once.values())
 
 
 def _beside(repository: Path, suffix: str) -> Path:
@@ -55,12 +82,12 @@ def _beside(repository: Path, suffix: str) -> Path:
     return repository.with_name(f".{repository.name}{suffix}")
 
 
-def _report(options: TritonOptions, models: Models, command: str) -> TritonReport:
+def _report(models: Models, command: str, source: str | None, variant: Variant | Literal["router"]) -> TritonReport:
     return TritonReport(
         tool_version=__version__,
         command=command,
-        source=str(options.source),
-        variant=options.variant,
+        source=source,
+        variant=variant,
         models=tuple(
             ModelEntry(
                 name=model.name,

@@ -21,15 +21,16 @@ NEEDS_PACKAGE = "the Python backend, and fptq-export in its Python"
 
 
 def cpu_models(options: TritonOptions, manifest: Manifest) -> Models:
-    """The text model that runs `model.w4a8.onnx`.
+    """The text model that runs `model.w4a8.onnx`, or `model.onnx`.
 
     Raises:
         UserError: The run is not of a causal language model, has no graph or no tokenizer.
     """
     source = source_from_path(options.source)
-    graph = RunDirectory(options.source).w4a8
+    run = RunDirectory(options.source)
+    graph, verb = (run.w4a8, "rewrite") if options.graph == "w4a8" else (run.model, "trace")
     if not graph.is_file():
-        raise UserError(str(graph), "no such file", f"fptq-export rewrite {options.source}")
+        raise UserError(str(graph), "no such file", f"fptq-export {verb} {options.source}")
     name = model_name(options)
     files = [graph, *(path for path in (data_path(graph),) if path.is_file()), source.directory / MANIFEST_FILE]
     version = ModelVersion(

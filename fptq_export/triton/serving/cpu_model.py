@@ -17,4 +17,5 @@ class TritonPythonModel(TextModel):
     def open_session(self, version: ServedVersion, backend: Any) -> Session:
         """ONNX Runtime, one call at a time: a step uses every core."""
         threads = parameter_of(version.config, "threads")
-        return Session.open(version.directory, backend="onnxruntime", threads=threads)
+        graph = next(version.directory.glob("*.onnx"), version.directory)
+        return Session.open(graph, backend="onnxruntime", threads=threads)
