@@ -12,14 +12,13 @@ import inspect
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fptq_export.errors import UserError
 from fptq_export.halves import cut_to_encoder, encoder_path
 from fptq_export.tasks import ENCODER, SEQ2SEQ_ENCODER, Task, auto_class, build_options
+from fptq_export.trace.fake_tracing import fake_tracing
 from fptq_export.trace.from_hf import (
     OPSET,
     TORCH_DTYPES,
@@ -27,7 +26,6 @@ from fptq_export.trace.from_hf import (
     computed_buffers,
     name_dimensions,
     name_initializers,
-    quiet,
     refuse_stacked_weights,
     tied_parameters,
     user_errors_from_torch,
@@ -84,7 +82,7 @@ def traced_encoder_from_config(
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
-    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
+    with fake_tracing():
         with no_init_weights():  # some draw weights by the values of others, and fake tensors have none
             model = _body(config, dtype, trust_remote_code, task)
         half = task == SEQ2SEQ_ENCODER
