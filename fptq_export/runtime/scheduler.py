@@ -159,6 +159,11 @@ class Scheduler:
             self._changed.notify()
         return handle
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether new texts are refused."""
+        return self._closing
+
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more texts; finish those that were asked for, or cancel them.
 
