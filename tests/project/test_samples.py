@@ -33,6 +33,8 @@ STARTS = {
 }
 """Sample -> fixtures of its `MODEL`, and of what it finds in `run/`, as in a second run; that of 01_quickstart has its
 options. 02 and 03 stay in torch, with fake quantization, as one of the systems of 04 does on SmolLM2."""
+MODEL_ALONE = ("smollm2_gguf",)
+"""Of the samples that find nothing."""
 LOUD = {0: 10.0, 1: 100.0}
 """Layer -> factor of its norms, whose output is around 4 at most: all three tiers, as in SmolLM2."""
 
@@ -109,8 +111,9 @@ def test_sample_runs_and_writes_what_it_promises(sample: Path, tmp_path: Path, r
     """Its commands succeed in a copy of the folder; promised files appear and nothing else does."""
     readme = (sample / "README.md").read_text(encoding="utf-8")
     copy = Path(shutil.copytree(sample, tmp_path / sample.name))
-    model, run = (request.getfixturevalue(name) for name in STARTS[sample.name])
-    shutil.copytree(run, copy / "run")
+    model, *runs = (request.getfixturevalue(name) for name in STARTS.get(sample.name, MODEL_ALONE))
+    for run in runs:
+        shutil.copytree(run, copy / "run")
     before = files_below(copy)
     environment = {
         **os.environ,
