@@ -206,14 +206,15 @@ def make_model_dir(
             AutoModelForImageTextToText,
             AutoModelForMaskedLM,
             AutoModelForSeq2SeqLM,
+            AutoModelForSpeechSeq2Seq,
         )
 
-        from fptq_export.tasks import ENCODER, VLM_DECODER, has_halves, task_from_config
+        from fptq_export.tasks import ENCODER, VLM_DECODER, has_halves, reads_features, task_from_config
 
         torch.manual_seed(0)
         auto_class: Any = AutoModelForMaskedLM if task_from_config(config) == ENCODER else AutoModelForCausalLM
         if has_halves(config):
-            auto_class = AutoModelForSeq2SeqLM
+            auto_class = AutoModelForSpeechSeq2Seq if reads_features(config) else AutoModelForSeq2SeqLM
         if task_from_config(config) == VLM_DECODER:
             auto_class = AutoModelForImageTextToText
         model = auto_class.from_config(config, dtype=torch.float32)

@@ -25,14 +25,13 @@ from fptq_export.trace.from_hf import (
     TracedModel,
     computed_buffers,
     graph_with_cache,
-    name_dimensions,
-    name_initializers,
     refuse_stacked_weights,
     run_with_cache,
     sample_inputs,
     sample_past,
     user_errors_from_torch,
 )
+from fptq_export.trace.graph_names import name_dimensions, name_initializers
 from fptq_export.trace.model_linears import linears_from_model, roles_from_model
 
 __all__ = ["traced_language_half_from_config"]
@@ -110,7 +109,7 @@ def traced_language_half_from_config(
 
 def _empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = auto_class(VLM_DECODER).from_config(
+        model: PreTrainedModel = auto_class(config, VLM_DECODER).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except ValueError as error:
