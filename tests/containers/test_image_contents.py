@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 from fptq_export.runtime import Sampling, Session
 from tests.containers.conftest import SAMPLE
-from tests.containers.installed import link_packages, requirements_from_file
+from tests.containers.installed import requirements_from_file
 from tests.containers.steps import Stage
 
 LISTED = requirements_from_file(SAMPLE / "requirements.serve.txt")
@@ -39,14 +39,6 @@ class Answer:
     token_ids: list[int]
     imported: list[str]
     """Modules and packages, top level."""
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install -r requirements.serve.txt` would have put into the image, and nothing else."""
-    folder = tmp_path_factory.mktemp("installed")
-    link_packages(LISTED, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
