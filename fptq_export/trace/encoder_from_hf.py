@@ -107,6 +107,7 @@ def traced_encoder_from_config(
         path = encoder_path(model) if half else ""
         encoder = cut_to_encoder(model) if half else model
         speech = half and reads_features(config)
+        names = [] if speech else _input_names(config, encoder)
         refuse_stacked_weights(model, convolutions=speech)
         with user_errors_from_torch(model):
             if speech:
@@ -114,7 +115,7 @@ def traced_encoder_from_config(
                 sample = {_FEATURES: torch.zeros(shape, dtype=TORCH_DTYPES[dtype])}
                 graph, max_sequence = _graph_from_module(_SpeechEncoder(model, path), sample, dynamic=1)
             else:
-                sample = _sample_tokens(_input_names(config, encoder))
+                sample = _sample_tokens(names)
                 graph, max_sequence = _graph_from_module(_Encoder(model, path, _uses_cache(encoder)), sample, dynamic=2)
     name_initializers(graph)
     name_dimensions(graph, dict.fromkeys(sample, ("batch", None, None) if speech else ("batch", "sequence")))

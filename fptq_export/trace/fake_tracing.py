@@ -23,7 +23,8 @@ def fake_tracing() -> Iterator[None]:
     """Build and export a model without memory for its weights, and without gradients.
 
     torch remembers the result of every operator on fake tensors. With dynamic dimensions a lookup costs as much
-    symbolic arithmetic as the operator, and an entry twice that: without them a trace takes a fifth less time.
+    symbolic arithmetic as the operator, and an entry more: without them a model of two layers is traced in a fifth less
+    time, one of ten in the same.
     """
     uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with uncached, FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), _without_stack_traces(), _quiet():

@@ -21,7 +21,7 @@ def settings() -> tuple[object, ...]:
 
 
 def test_tensors_have_no_values_and_no_cache() -> None:
-    """A weight of 4 TB takes no memory, and results of operators are not remembered, which costs a fifth of a trace."""
+    """A weight of 4 TB takes no memory, and results of operators are not remembered, which costs more than it saves."""
     with fake_tracing():
         weight = torch.empty(1 << 20, 1 << 20)
         mode = torch._subclasses.fake_tensor.FakeTensorMode()
