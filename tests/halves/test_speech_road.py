@@ -55,8 +55,9 @@ def test_each_half_has_an_engine_that_holds_its_linears(whisper_run: Path, half:
 
 def test_the_engine_takes_no_more_tokens_than_there_are_positions(whisper_run: Path) -> None:
     """New tokens and the cache each end with the decoder's table, whatever the default limits are."""
-    engine = read_json_model(whisper_run / "decoder" / "proof.json", Proof).engine
-    largest = {item.name: item.maximum for item in engine.profiles[0]}
+    profiles = read_json_model(whisper_run / "decoder" / "proof.json", Proof).engine.profiles
+    assert profiles is not None
+    largest = {item.name: item.maximum for item in profiles[0]}
     assert largest["input_ids"] == (4, 96)
     assert largest["past_key_values.0.key"] == (4, 4, 96, 16)
     assert largest["encoder_hidden_states"] == (4, 12, 64)
