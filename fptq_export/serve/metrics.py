@@ -26,14 +26,13 @@ class Metrics(Observer):
     """
 
     def __init__(self, model: str) -> None:
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
+        self.registry = CollectorRegistry()
         self._requests = Counter(
-            "fptq_requests", "Texts that ended, by outcome", (*_LABEL, "outcome"), registry=self._registry
+            "fptq_requests", "Texts that ended, by outcome", (*_LABEL, "outcome"), registry=self.registry
         )
         self._refused = Counter(
             "fptq_requests_refused", "Requests that were answered with an error", (*_LABEL, "status"),
-            registry=self._registry,
+            registry=self.registry,
         )  # fmt: skip
         self._model = model
         self._waiting = self._gauge("fptq_num_requests_waiting", "Texts in the queue")
@@ -48,9 +47,13 @@ class Metrics(Observer):
         for outcome in _OUTCOMES:  # from the start, so that rates have a zero to start from
             self._requests.labels(model, outcome)
 
+    def count_process(self) -> None:
+        """Add memory, CPU time and open files of this process."""
+        ProcessCollector(registry=self.registry)
+
     def page(self) -> bytes:
         """All of it, in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def refused(self, status: int) -> None:
         """A request was answered with an error."""
@@ -81,10 +84,10 @@ class Metrics(Observer):
         self._requests.labels(self._model, outcome).inc()
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, _LABEL, registry=self._registry).labels(self._model)
+        return Gauge(name, text, _LABEL, registry=self.registry).labels(self._model)
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, _LABEL, registry=self._registry).labels(self._model)
+        return Counter(name, text, _LABEL, registry=self.registry).labels(self._model)
 
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, _LABEL, buckets=bounds, registry=self._registry).labels(self._model)
+        return Histogram(name, text, _LABEL, buckets=bounds, registry=self.registry).labels(self._model)

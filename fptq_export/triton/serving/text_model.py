@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fptq_export.errors import UserError
-from fptq_export.runtime import Observer, Scheduler, Session
+from fptq_export.runtime import Scheduler, Session
+from fptq_export.serve.metrics import Metrics
+from fptq_export.triton.serving.metrics import MetricsMirror
 from fptq_export.triton.serving.requests import text_request
 from fptq_export.triton.serving.responder import Responder, send_error
 from fptq_export.triton.text_config import INPUTS, parameter_of
@@ -52,16 +54,13 @@ class TextModel(ABC):
         if self._session.note:
             self._backend.Logger.log_info(f"{version.name}: {self._session.note}")
         limits = {key: value for key in ("max_active", "max_queue") if (value := parameter_of(version.config, key))}
-        observer = self.observer(version, self._backend)
-        self._scheduler = Scheduler(self._session, workers=self.workers, observer=observer, **limits)
+        metrics = Metrics(version.name)
+        self._mirror = MetricsMirror(metrics.registry, self._backend, {"version": str(version.version)})
+        self._scheduler = Scheduler(self._session, workers=self.workers, observer=metrics, **limits)
 
     @abstractmethod
     def open_session(self, version: ServedVersion, backend: Any) -> Session:
         """The model and its tokenizer."""
-
-    def observer(self, version: ServedVersion, backend: Any) -> Observer | None:
-        """Is told what happens to requests."""
-        return None
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; what is wrong with one is answered to the one who sent it."""
@@ -78,6 +77,7 @@ class TextModel(ABC):
     def finalize(self) -> None:
         """Finish the texts that were begun: the server calls this when nobody waits for one any more."""
         self._scheduler.close()
+        self._mirror.close()
         self._session.close()
 
     def _accept(self, request: Any, sender: Any) -> None:

@@ -1,0 +1,162 @@
+"""The router in the real server: the right model's answer, whole, and a log that says what happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fptq_export.cli import main
+from fptq_export.runtime import Sampling, Session
+from fptq_export.triton.serving.comparison_log import Comparison
+from tests.support.triton_server import TritonServer
+
+PROMPT = "An assignment"
+NEW_TOKENS = 6
+BODY = {"text_input": PROMPT, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def log(repository: Path) -> Path:
+    """The comparison log of the router."""
+    return repository.parent / "comparison.jsonl"
+
+
+@pytest.fixture(scope="module")
+def routed(repository: Path, finished_run: Path, server: TritonServer, log: Path) -> Iterator[TritonServer]:
+    """The server with `tiny`, `tiny-float` and `chat`, which divides requests among them; `tiny-float` is the shadow."""
+    words = ["--repository", str(repository)]
+    float_words = ["--variant", "cpu", "--graph", "float", "--name", "tiny-float", "--threads", "1"]
+    assert main(["triton", str(finished_run / "run"), *words, *float_words]) == 0
+    router_words = ["--router", "chat", "--route", "tiny=1", "--route", "tiny-float=1", "--shadow", "tiny-float"]
+    assert main(["triton", *words, *router_words, "--comparison-log", str(log), "--log-texts"]) == 0
+    for name in ("tiny-float", "chat"):
+        assert server.load(name).status == 200, server.log_text()[-2000:]
+    yield server
+    for name in ("chat", "tiny-float"):
+        server.unload(name)
+
+
+@pytest.fixture(scope="module")
+def answers(finished_run: Path) -> dict[str, list[int]]:
+    """Model -> the tokens it gives by itself."""
+    graphs = {"tiny": "model.w4a8.onnx", "tiny-float": "model.onnx"}
+    sampling = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
+    return {
+        name: list(Session.open(finished_run / "run" / graph, threads=1).generate(PROMPT, sampling).token_ids)
+        for name, graph in graphs.items()
+    }
+
+
+def post(server: TritonServer, **values: Any) -> Any:
+    """Ask the router."""
+    return server.post("/v2/models/chat/generate", {**BODY, **values})
+
+
+def lines_of(log: Path, request_id: str) -> list[Comparison]:
+    """The log's lines of one request."""
+    lines = [Comparison.model_validate_json(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line.request_id == request_id]
+
+
+def test_models_differ(answers: dict[str, list[int]]) -> None:
+    """Else the tests below could not tell them apart."""
+    assert answers["tiny"] != answers["tiny-float"]
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-float"])
+def test_asked_model_answers(routed: TritonServer, answers: dict[str, list[int]], model: str) -> None:
+    """Token for token."""
+    reply = post(routed, route=model)
+    assert reply.status == 200, reply.text
+    assert (reply.document["token_ids"], reply.document["finish_reason"]) == (answers[model], "length")
+
+
+def test_stream_is_handed_on_token_by_token(routed: TritonServer, answers: dict[str, list[int]]) -> None:
+    """An event for each token of the model that was asked."""
+    reply = routed.post("/v2/models/chat/generate_stream", {**BODY, "stream": True, "route": "tiny"})
+    assert [event["token_ids"] for event in reply.events] == answers["tiny"]
+
+
+def test_one_id_goes_one_way_and_ids_go_both(routed: TritonServer, answers: dict[str, list[int]]) -> None:
+    """The answer tells which model it was."""
+    ways = {number: [post(routed, id=str(number)).document["token_ids"] for _ in range(2)] for number in range(6)}
+    assert all(first == second for first, second in ways.values())
+    assert {tuple(first) for first, _ in ways.values()} == {tuple(ids) for ids in answers.values()}
+
+
+def test_log_says_who_answered_and_what_the_shadow_said(
+    routed: TritonServer, answers: dict[str, list[int]], log: Path
+) -> None:
+    """One line: model, tokens, times, and how far both agree."""
+    reply = post(routed, id="compared", route="tiny").document
+    post(routed, id="later", route="tiny")  # so that the line before is written
+    [line] = lines_of(log, "compared")
+    common = next(at for at, pair in enumerate(zip(*answers.values(), strict=True)) if pair[0] != pair[1])
+    assert line.shadow is not None
+    assert (line.answer.model, line.reason, line.answer.tokens) == ("tiny", "asked", NEW_TOKENS)
+    assert (line.shadow.model, line.shadow.tokens, line.common_tokens, line.same) == (
+        "tiny-float",
+        NEW_TOKENS,
+        common,
+        False,
+    )
+    assert line.answer.first_token_seconds is not None
+    assert 0.0 < line.answer.first_token_seconds <= line.answer.seconds
+    assert (line.prompt, line.answer.text) == (PROMPT, reply["text_output"])
+
+
+def test_unknown_route_is_refused(routed: TritonServer) -> None:
+    """By name, and nobody else answers."""
+    reply = post(routed, route="nobody")
+    assert reply.status == 400
+    assert "there is none to 'nobody'" in reply.text
+
+
+def test_error_of_the_model_reaches_the_client(routed: TritonServer) -> None:
+    """A prompt that is too long, as without the router."""
+    reply = post(routed, route="tiny", text_input="word " * 4000)
+    assert reply.status == 400
+    assert "the model takes" in reply.text
+
+
+def test_router_outlives_a_model(routed: TritonServer, answers: dict[str, list[int]]) -> None:
+    """With one model gone its requests get an error that names it; the other answers as before."""
+    assert routed.unload("tiny-float").status == 200
+    try:
+        reply = post(routed, route="tiny-float")
+        assert reply.status >= 500, reply.text
+        assert "tiny-float" in reply.text
+        assert post(routed, route="tiny").document["token_ids"] == answers["tiny"]
+    finally:
+        assert routed.load("tiny-float").status == 200
+
+
+def test_header_names_the_model(repository: Path) -> None:
+    """The option that makes the server hand the header on stands in the start script."""
+    assert "--http-header-forward-pattern=fptq-route" in (repository / "start.sh").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--route", "missing=1"], "has no model missing"),
+        (["--route", "tiny"], "not of the form MODEL=SHARE"),
+        (["--route", "tiny=-1"], "greater than 0"),
+        (["--route", "tiny=1", "--shadow", "tiny"], "comparison log"),
+        (["--route", "tiny=1", "--variant", "cpu"], "is no option of a router"),
+        ([], "--route"),
+    ],
+    ids=["model", "form", "share", "shadow", "option", "none"],
+)
+def test_wrong_options_are_refused(
+    repository: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it is said, and nothing is written."""
+    before = json.dumps(sorted(map(str, repository.rglob("*"))))
+    assert main(["triton", "--repository", str(repository), "--router", "other", *words]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert json.dumps(sorted(map(str, repository.rglob("*")))) == before
