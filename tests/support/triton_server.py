@@ -119,9 +119,16 @@ class TritonServer:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def is_ready(self) -> bool:
+        """Whether it answers, and every model it was to load is loaded."""
+        return self._is_healthy("ready")
+
+    def is_live(self) -> bool:
         """Whether it answers."""
+        return self._is_healthy("live")
+
+    def _is_healthy(self, how: str) -> bool:
         try:
-            return self.get("/v2/health/ready").status == 200
+            return self.get(f"/v2/health/{how}").status == 200
         except OSError:
             return False
 
