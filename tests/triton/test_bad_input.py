@@ -7,7 +7,7 @@ import json
 import queue
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def text(*prompts: bytes) -> Any:
     return tensor("text_input", [len(prompts)], "BYTES", np.array(prompts, np.object_))
 
 
-BAD_TENSORS = {
+BAD_TENSORS: dict[str, tuple[Callable[[], list[Any]], str]] = {
     "invalid UTF-8": (lambda: [text(b"ab\xff\xfe")], "is not UTF-8 (byte 2"),
     "wrong dtype": (
         lambda: [text(b"x"), tensor("max_tokens", [1], "FP32", np.ones(1, np.float32))],
