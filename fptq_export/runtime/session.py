@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fptq_export.diff.engine_session import opened_engine
 from fptq_export.errors import UserError
+from fptq_export.runtime.engine_session import opened_engine
 from fptq_export.runtime.generation import Completion, Generation, Piece, completion_from_pieces, now
 from fptq_export.runtime.sampling import Sampling
 from fptq_export.runtime.source import Backend, Limits, Source, backend_for, limits_of, source_from_path

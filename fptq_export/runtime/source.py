@@ -9,13 +9,13 @@ from typing import Literal
 from pydantic import ValidationError
 
 from fptq_export.build.engine_facts import EngineFacts, facts_from_summary
-from fptq_export.diff.engine_session import engine_problem
 from fptq_export.doctor.machine import machine_of_here
 from fptq_export.doctor.plan import PlanQuestion, report_on_plan
 from fptq_export.errors import UserError
 from fptq_export.package.manifest import Manifest, manifest_of_run, read_manifest
 from fptq_export.package.run_of_engine import BUILD, engines_of_run, run_of_engine
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.runtime.engine_session import engine_problem
 from fptq_export.tasks import CAUSAL_LM
 
 __all__ = ["Backend", "Choice", "Limits", "Source", "backend_for", "limits_of", "source_from_path"]
