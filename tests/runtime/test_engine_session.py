@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fptq_export.build.profiles import LlmLimits
 from fptq_export.errors import UserError
-from fptq_export.runtime import Sampling, Scheduler, Session
+from fptq_export.runtime import Limits, Sampling, Scheduler, Session
 from fptq_export.runtime.engine_session import EngineCausalSession
 from fptq_export.verify.ort_values import array_from_ort_value, ort_value_from_array
 from fptq_export.verify.sessions import OnnxCache, OnnxCausalSession
@@ -241,6 +241,20 @@ def test_session_writes_the_text_of_onnx_runtime(engine_of_run: Session, finishe
     sampling = Sampling(max_tokens=12, temperature=1.0, seed=1, ignore_eos=True)
     expected = Session.open(finished_run / "run", backend="onnxruntime", threads=1).generate("An", sampling)
     assert engine_of_run.generate("An", sampling).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(("form", "room"), [("concat", LIMITS.max_kv_len), ("static", SLOTS)])
+def test_text_ends_where_the_cache_does(graphs: dict[str, Path], opened: Opened, form: str, room: int) -> None:
+    """The last token that fits is given, with the reason, and the engine is not asked for one more."""
+    model = opened(graphs[form])
+    assert model.limits == Limits(LIMITS.max_input_len, room, LIMITS.max_batch_size)
+    text = Session(model, limits=model.limits).generate(tokens(count=PROMPT)[0], Sampling(max_tokens=99))
+    assert (text.finish_reason, len(text.token_ids)) == ("length", room - PROMPT + 1)
+
+
+def test_limits_are_those_of_the_engine(engine_of_run: Session) -> None:
+    """Not those of the run, whose last engine may be another one."""
+    assert engine_of_run.limits == Limits(LIMITS.max_input_len, LIMITS.max_kv_len, LIMITS.max_batch_size)
 
 
 def test_many_texts_do_not_mix(engine_of_run: Session) -> None:
