@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from fptq_export.build.profiles import LlmLimits
 from fptq_export.errors import UserError
 from fptq_export.runtime import Limits, Sampling, Scheduler, Session
-from fptq_export.runtime.engine_session import EngineCausalSession
+from fptq_export.runtime.engine_session import EngineCausalSession, opened_engine
 from fptq_export.verify.ort_values import array_from_ort_value, ort_value_from_array
 from fptq_export.verify.sessions import OnnxCache, OnnxCausalSession
 from tests.runtime import fake_tensorrt
-from tests.runtime.engines import FORMS, LIMITS, PROMPT, SLOTS, STEPS, VOCABULARY, logits_of, tokens
+from tests.runtime.engines import FORMS, LIMITS, PROMPT, SLOTS, STEPS, VOCABULARY, logits_of, manifest, tokens
 from tests.runtime.fake_cuda import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, FakeCudart
 from tests.runtime.fake_tensorrt import FakeTensorRT
 
@@ -212,6 +212,20 @@ def test_call_that_fails_says_why(graphs: dict[str, Path], opened: Opened, tenso
     tensorrt.engines[0]._refuses.clear()
     if call == "execute_async_v3":
         np.testing.assert_array_equal(session.decode(np.array([[7]]), cache)[0], expected)
+
+
+def test_closed_session_is_refused(graphs: dict[str, Path], tensorrt: FakeTensorRT, tmp_path: Path) -> None:
+    """Neither prompt nor step reaches a stream that is gone; a cache that is still held is freed with it."""
+    plan = fake_tensorrt.plan_of_graph(graphs["concat"], tmp_path / "out.plan", (LIMITS,))
+    with opened_engine(manifest(), plan) as session:
+        _, cache = session.prefill(tokens())
+    with pytest.raises(UserError, match="open the session again"):
+        session.prefill(tokens())
+    with pytest.raises(UserError, match="open the session again"):
+        session.decode(np.array([[7]]), cache)
+    assert len(tensorrt.cudart.live) == 1
+    del cache
+    assert not tensorrt.cudart.live
 
 
 def test_full_gpu_is_named(graphs: dict[str, Path], opened: Opened, cudart: FakeCudart) -> None:
