@@ -11,8 +11,6 @@ import copy
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutput
@@ -20,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fptq_export.errors import UserError
 from fptq_export.halves import cut_to_decoder, feature_shape
 from fptq_export.tasks import SEQ2SEQ_DECODER, auto_class, reads_features
+from fptq_export.trace.fake_tracing import fake_tracing
 from fptq_export.trace.from_hf import (
     SAMPLE_BATCH,
     SAMPLE_SEQUENCE,
@@ -29,7 +28,6 @@ from fptq_export.trace.from_hf import (
     computed_buffers,
     graph_with_cache,
     keys_and_values,
-    quiet,
     refuse_stacked_weights,
     sample_past,
     user_errors_from_torch,
@@ -112,7 +110,7 @@ def traced_decoder_from_config(config: PretrainedConfig, dtype: str, *, trust_re
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     torch_dtype = TORCH_DTYPES[dtype]
-    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
+    with fake_tracing():
         with no_init_weights():  # some draw weights by the values of others, and fake tensors have none
             model = _empty_model(config, torch_dtype, trust_remote_code)
         tied = model.get_expanded_tied_weights_keys(all_submodels=True)

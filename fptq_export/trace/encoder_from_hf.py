@@ -14,20 +14,18 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fptq_export.errors import UserError
 from fptq_export.halves import cut_to_encoder, encoder_path, feature_shape
 from fptq_export.tasks import ENCODER, SEQ2SEQ_ENCODER, Task, auto_class, build_options, reads_features
+from fptq_export.trace.fake_tracing import fake_tracing
 from fptq_export.trace.from_hf import (
     OPSET,
     TORCH_DTYPES,
     TracedModel,
     computed_buffers,
-    quiet,
     refuse_stacked_weights,
     tied_parameters,
     user_errors_from_torch,
@@ -101,7 +99,7 @@ def traced_encoder_from_config(
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
-    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
+    with fake_tracing():
         with no_init_weights():  # some draw weights by the values of others, and fake tensors have none
             model = _body(config, dtype, trust_remote_code, task)
         half = task == SEQ2SEQ_ENCODER
@@ -109,6 +107,7 @@ def traced_encoder_from_config(
         path = encoder_path(model) if half else ""
         encoder = cut_to_encoder(model) if half else model
         speech = half and reads_features(config)
+        names = [] if speech else _input_names(config, encoder)
         refuse_stacked_weights(model, convolutions=speech)
         with user_errors_from_torch(model):
             if speech:
@@ -116,7 +115,7 @@ def traced_encoder_from_config(
                 sample = {_FEATURES: torch.zeros(shape, dtype=TORCH_DTYPES[dtype])}
                 graph, max_sequence = _graph_from_module(_SpeechEncoder(model, path), sample, dynamic=1)
             else:
-                sample = _sample_tokens(_input_names(config, encoder))
+                sample = _sample_tokens(names)
                 graph, max_sequence = _graph_from_module(_Encoder(model, path, _uses_cache(encoder)), sample, dynamic=2)
     name_initializers(graph)
     name_dimensions(graph, dict.fromkeys(sample, ("batch", None, None) if speech else ("batch", "sequence")))

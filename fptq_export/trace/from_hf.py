@@ -7,8 +7,6 @@ parameters; `weights.attach_weights` points the initializers at the checkpoint a
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +17,12 @@ import torch
 from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import Conv1d
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from fptq_export.errors import UserError
 from fptq_export.experts.unstack import unstack_experts
+from fptq_export.trace.fake_tracing import fake_tracing
 from fptq_export.trace.graph_names import name_dimensions, name_initializers
 from fptq_export.trace.model_linears import LinearRole, linears_from_model, roles_from_model
 
@@ -39,7 +36,6 @@ __all__ = [
     "computed_buffers",
     "graph_with_cache",
     "keys_and_values",
-    "quiet",
     "refuse_stacked_weights",
     "run_with_cache",
     "sample_inputs",
@@ -139,8 +135,7 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     torch_dtype = TORCH_DTYPES[dtype]
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode, torch.no_grad(), quiet():
+    with fake_tracing():
         model = _empty_model(config, torch_dtype, trust_remote_code)
         unstack_experts(model, static=True)
         refuse_stacked_weights(model)
@@ -304,19 +299,3 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
         if first_name.setdefault(id(parameter), name) != name:
             tied[name] = first_name[id(parameter)]
     return tied
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence notes of torch's exporter that name nothing the user could change."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
