@@ -19,6 +19,7 @@ from calib.halves import calibrated_model_from_checkpoint, paths_of_task
 from calib.linears import linears_from_model
 from calib.load import checkpoint_from_directory, skeleton_from_checkpoint
 from calib.observe import HessianSink, observe
+from fptq_export.build.proof import Proof
 from fptq_export.files import read_json_model
 from fptq_export.package.manifest import Manifest
 from fptq_export.policy import read_policy
@@ -50,6 +51,16 @@ def test_each_half_has_an_engine_that_holds_its_linears(whisper_run: Path, half:
         assert (whisper_run.parent / f"out.{half}.plan").stat().st_size > 0
         assert summary["quantized_linears"] == LINEARS[half]
         cell.text = "built"
+
+
+def test_the_engine_takes_no_more_tokens_than_there_are_positions(whisper_run: Path) -> None:
+    """New tokens and the cache each end with the decoder's table, whatever the default limits are."""
+    profiles = read_json_model(whisper_run / "decoder" / "proof.json", Proof).engine.profiles
+    assert profiles is not None
+    largest = {item.name: item.maximum for item in profiles[0]}
+    assert largest["input_ids"] == (4, 96)
+    assert largest["past_key_values.0.key"] == (4, 4, 96, 16)
+    assert largest["encoder_hidden_states"] == (4, 12, 64)
 
 
 @pytest.mark.parametrize("half", HALVES)
