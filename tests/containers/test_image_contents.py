@@ -24,6 +24,7 @@ IMPORTED_LATER = {"jinja2"}
 """Needed once a chat comes: the model of the test has no chat template."""
 _SERVE = f"""
 import json, sys
+import fptq_export.serve.app, fptq_export.serve.server
 from fptq_export.runtime import Sampling, Session
 with Session.open(sys.argv[1], backend="onnxruntime", threads=1) as session:
     completion = session.generate({PROMPT!r}, Sampling(max_tokens={TOKENS}, ignore_eos=True))
