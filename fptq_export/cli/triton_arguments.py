@@ -45,7 +45,7 @@ exit codes:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options; only those that are given appear in the namespace."""
-    parser.add_argument("source", nargs="?", type=Path, metavar="DIR", help="run directory")
+    parser.add_argument("source", nargs="?", metavar="DIR", help="run directory")
     parser.add_argument("--repository", type=Path, metavar="REPO", help="model repository, made or extended")
     parser.add_argument("--engine", type=Path, metavar="FILE", help="an engine of the run [the last one built]")
     parser.add_argument("--name", metavar="NAME", help="of the text model; the engine's is NAME-plan [DIR's name]")

@@ -28,11 +28,16 @@ def validated(model: type[OptionsT], values: Mapping[str, Any], verb: str) -> Op
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [Problem(f"--{str(item['loc'][0]).replace('_', '-')}", _message(item)) for item in error.errors()]
+        problems = [Problem(_option(item), _message(item)) for item in error.errors()]
         raise UserErrors("options", problems, f"see fptq-export {verb} --help") from None
+
+
+def _option(item: Mapping[str, Any]) -> str:
+    """The option, or all of them where values do not go together."""
+    return f"--{str(item['loc'][0]).replace('_', '-')}" if item["loc"] else "options"
 
 
 def _message(item: Mapping[str, Any]) -> str:
     if item["type"] != "literal_error":
-        return str(item["msg"])
+        return str(item["msg"]).removeprefix("Value error, ")
     return f"choose from {item['ctx']['expected'].replace(chr(39), '').replace(' or ', ', ')}"

@@ -51,7 +51,7 @@ def test_every_token_and_outcome_is_counted(server: TritonServer) -> None:
 
 
 def test_buckets_are_cumulative(server: TritonServer) -> None:
-    """So that Prometheus takes quantiles of them: each bound counts what the bounds below count, the last everything."""
+    """Each bound counts what the bounds below count, the last everything: Prometheus takes quantiles of them."""
     found = page(server)
     buckets = {
         float(match[1]): value

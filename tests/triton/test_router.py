@@ -27,7 +27,7 @@ def log(repository: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def routed(repository: Path, finished_run: Path, server: TritonServer, log: Path) -> Iterator[TritonServer]:
-    """The server with `tiny`, `tiny-float` and `chat`, which divides requests among them; `tiny-float` is the shadow."""
+    """The server with `tiny`, `tiny-float`, and `chat`, which divides requests; `tiny-float` is also the shadow."""
     words = ["--repository", str(repository)]
     float_words = ["--variant", "cpu", "--graph", "float", "--name", "tiny-float", "--threads", "1"]
     assert main(["triton", str(finished_run / "run"), *words, *float_words]) == 0
@@ -128,8 +128,8 @@ def test_router_outlives_a_model(routed: TritonServer, answers: dict[str, list[i
     assert routed.unload("tiny-float").status == 200
     try:
         reply = post(routed, route="tiny-float")
-        assert reply.status >= 500, reply.text
-        assert "tiny-float" in reply.text
+        assert reply.status == 400, reply.text  # the server's HTTP form of every error of a model
+        assert "'tiny-float' is not ready" in reply.text
         assert post(routed, route="tiny").document["token_ids"] == answers["tiny"]
     finally:
         assert routed.load("tiny-float").status == 200
@@ -138,6 +138,12 @@ def test_router_outlives_a_model(routed: TritonServer, answers: dict[str, list[i
 def test_header_names_the_model(repository: Path) -> None:
     """The option that makes the server hand the header on stands in the start script."""
     assert "--http-header-forward-pattern=fptq-route" in (repository / "start.sh").read_text(encoding="utf-8")
+
+
+def test_run_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a router, what is missing is the run directory."""
+    assert main(["triton", "--repository", str(tmp_path)]) == 1
+    assert "DIR: is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
