@@ -97,6 +97,8 @@ class DeviceEngine:
         self.inputs = {name: self._tensor(name) for name in names if self._is_input(name)}
         self.outputs = {name: self._tensor(name) for name in names if name not in self.inputs}
         self.profiles = tuple(self._limits(index) for index in range(self._engine.num_optimization_profiles))
+        sizes = [sum(math.prod(item.maximum) for item in limits.values()) for limits in self.profiles]
+        self._narrowest_first = sorted(range(len(sizes)), key=sizes.__getitem__)
         self._contexts: dict[int, Prepared] = {}
 
     def prepared(self, shapes: Mapping[str, Shape]) -> Prepared:
@@ -152,16 +154,14 @@ class DeviceEngine:
         self._engine = None
 
     def _profile_for(self, shapes: Mapping[str, Shape]) -> int:
-        fitting = [
-            index
-            for index, limits in enumerate(self.profiles)
-            if all(limits[name].hold(shape) for name, shape in shapes.items())
-        ]
-        if not fitting:
-            raise self._out_of_range(shapes)
-        return min(fitting, key=lambda index: sum(math.prod(item.maximum) for item in self.profiles[index].values()))
+        for index in self._narrowest_first:
+            if all(self.profiles[index][name].hold(shape) for name, shape in shapes.items()):
+                return index
+        raise self._out_of_range(shapes)
 
     def _context(self, profile: int) -> Prepared:
+        if self._engine is None:
+            raise UserError(str(self._path), "is closed", "open the session again")
         if profile not in self._contexts:
             self._errors.clear()
             context = self._engine.create_execution_context()

@@ -74,8 +74,10 @@ class DeviceMemory:
         """A block of so many bytes at least, with anything in them.
 
         Raises:
-            UserError: The GPU has no room for it.
+            UserError: The GPU has no room for it, or the pool is closed.
         """
+        if self._closed:
+            raise UserError(_WHERE, "its memory was given back when the session was closed", "open the session again")
         capacity = max(_ALIGNMENT, 1 << (size - 1).bit_length())
         try:
             address = self._free[capacity].pop()

@@ -18,8 +18,8 @@ from fptq_export.package.manifest import Manifest
 from fptq_export.plugin.library import library_for_loading
 from fptq_export.runtime.device_engine import DeviceEngine, IoTensor, Shape
 from fptq_export.runtime.device_memory import DeviceMemory, Tensors
+from fptq_export.runtime.limits import Limits
 from fptq_export.verify.causal_inputs import PAST, SCALE, WRITE_INDICES, feed_from_ids
-from fptq_export.verify.sessions import CausalSession
 
 __all__ = ["EngineCache", "EngineCausalSession", "engine_problem", "opened_engine"]
 
@@ -73,6 +73,18 @@ class EngineCausalSession:
         if WRITE_INDICES in engine.inputs:
             self._slots = min(engine.profiles[0][past].maximum[2] for past in self._present_from_past)
         self._lock = threading.Lock()
+
+    @property
+    def limits(self) -> Limits:
+        """What its profiles take.
+
+        The mask of a cache that grows is longer, by the tokens of a call; but a step behind more tokens than the cache
+        may have is refused.
+        """
+        tops = [{name: item.maximum for name, item in profile.items()} for profile in self._engine.profiles]
+        batch, tokens = (max(top["input_ids"][axis] for top in tops) for axis in range(2))
+        cached = max(top[past][2] for top in tops for past in self._present_from_past)
+        return Limits(tokens, cached, batch)
 
     def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], EngineCache]:
         """Run a prompt without padding: int64 [B, S] -> logits float32 [B, S, V] ([B, 1, V] of the last), cache.
@@ -146,7 +158,7 @@ def engine_problem(manifest: Manifest, engine: Path | None) -> str | None:
 
 
 @contextmanager
-def opened_engine(manifest: Manifest, engine: Path) -> Iterator[CausalSession]:
+def opened_engine(manifest: Manifest, engine: Path) -> Iterator[EngineCausalSession]:
     """Load an engine on the GPU with the library that built it.
 
     Raises:

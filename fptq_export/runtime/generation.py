@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fptq_export.errors import UserError
+from fptq_export.runtime.limits import Limits
 from fptq_export.runtime.refusals import PromptTooLongError
 from fptq_export.runtime.sampling import Sampling, chosen_token
-from fptq_export.runtime.source import Limits
 from fptq_export.runtime.text import TextTokenizer
 from fptq_export.verify.sessions import CausalSession
 

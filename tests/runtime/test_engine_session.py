@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from fptq_export.build.profiles import LlmLimits
 from fptq_export.errors import UserError
-from fptq_export.runtime import Sampling, Scheduler, Session
-from fptq_export.runtime.engine_session import EngineCausalSession
+from fptq_export.runtime import Limits, Sampling, Scheduler, Session
+from fptq_export.runtime.engine_session import EngineCausalSession, opened_engine
 from fptq_export.verify.ort_values import array_from_ort_value, ort_value_from_array
 from fptq_export.verify.sessions import OnnxCache, OnnxCausalSession
 from tests.runtime import fake_tensorrt
-from tests.runtime.engines import FORMS, LIMITS, PROMPT, SLOTS, STEPS, VOCABULARY, logits_of, tokens
+from tests.runtime.engines import FORMS, LIMITS, PROMPT, SLOTS, STEPS, VOCABULARY, logits_of, manifest, tokens
 from tests.runtime.fake_cuda import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, FakeCudart
 from tests.runtime.fake_tensorrt import FakeTensorRT
 
@@ -214,6 +214,20 @@ def test_call_that_fails_says_why(graphs: dict[str, Path], opened: Opened, tenso
         np.testing.assert_array_equal(session.decode(np.array([[7]]), cache)[0], expected)
 
 
+def test_closed_session_is_refused(graphs: dict[str, Path], tensorrt: FakeTensorRT, tmp_path: Path) -> None:
+    """Neither prompt nor step reaches a stream that is gone; a cache that is still held is freed with it."""
+    plan = fake_tensorrt.plan_of_graph(graphs["concat"], tmp_path / "out.plan", (LIMITS,))
+    with opened_engine(manifest(), plan) as session:
+        _, cache = session.prefill(tokens())
+    with pytest.raises(UserError, match="open the session again"):
+        session.prefill(tokens())
+    with pytest.raises(UserError, match="open the session again"):
+        session.decode(np.array([[7]]), cache)
+    assert len(tensorrt.cudart.live) == 1
+    del cache
+    assert not tensorrt.cudart.live
+
+
 def test_full_gpu_is_named(graphs: dict[str, Path], opened: Opened, cudart: FakeCudart) -> None:
     """Blocks that lie unused are freed first; what then finds no room is an error that says how much was wanted."""
     session = opened(graphs["concat"])
@@ -241,6 +255,20 @@ def test_session_writes_the_text_of_onnx_runtime(engine_of_run: Session, finishe
     sampling = Sampling(max_tokens=12, temperature=1.0, seed=1, ignore_eos=True)
     expected = Session.open(finished_run / "run", backend="onnxruntime", threads=1).generate("An", sampling)
     assert engine_of_run.generate("An", sampling).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(("form", "room"), [("concat", LIMITS.max_kv_len), ("static", SLOTS)])
+def test_text_ends_where_the_cache_does(graphs: dict[str, Path], opened: Opened, form: str, room: int) -> None:
+    """The last token that fits is given, with the reason, and the engine is not asked for one more."""
+    model = opened(graphs[form])
+    assert model.limits == Limits(LIMITS.max_input_len, room, LIMITS.max_batch_size)
+    text = Session(model, limits=model.limits).generate(tokens(count=PROMPT)[0], Sampling(max_tokens=99))
+    assert (text.finish_reason, len(text.token_ids)) == ("length", room - PROMPT + 1)
+
+
+def test_limits_are_those_of_the_engine(engine_of_run: Session) -> None:
+    """Not those of the run, whose last engine may be another one."""
+    assert engine_of_run.limits == Limits(LIMITS.max_input_len, LIMITS.max_kv_len, LIMITS.max_batch_size)
 
 
 def test_many_texts_do_not_mix(engine_of_run: Session) -> None:
