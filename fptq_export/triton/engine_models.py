@@ -48,9 +48,9 @@ def engine_models(options: TritonOptions, manifest: Manifest) -> Models:
     needs = [f"TensorRT {needed.library_version}", *_gpus(needed)]
     problem = text_problem(facts)
     if problem is not None:
-        return Models((plan,), tuple(needs), notes=(f"no text model: {problem}",))
+        return Models((plan,), tuple(needs), plugin, notes=(f"no text model: {problem}",))
     text = _text_model(options, name, CalledPlan(plan=plan_name, stateful=_is_stateful(options), facts=facts), version)
-    return Models((plan, text), (*needs, NEEDS_PACKAGE))
+    return Models((plan, text), (*needs, NEEDS_PACKAGE), plugin)
 
 
 def _engine(options: TritonOptions, manifest: Manifest) -> tuple[Path, EngineFacts]:

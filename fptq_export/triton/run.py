@@ -9,11 +9,12 @@ from filelock import FileLock, Timeout
 
 from fptq_export import __version__
 from fptq_export.errors import UserError
-from fptq_export.files import sha256_from_file, write_json_model
+from fptq_export.files import write_json_model
 from fptq_export.package.manifest import manifest_of_run
 from fptq_export.triton.engine_models import engine_models
 from fptq_export.triton.models import Models
 from fptq_export.triton.options import TritonOptions, Variant
+from fptq_export.triton.plugins import check_plugin, plugins_of
 from fptq_export.triton.report import REPORT_FILE, ModelEntry, TritonReport
 from fptq_export.triton.repository import staging, write_script, write_version
 from fptq_export.triton.router import router_models
@@ -64,17 +65,12 @@ def _write(models: Models, repository: Path, report: TritonReport) -> None:
     except Timeout:
         raise UserError(str(repository), "another command writes into it", "wait for it") from None
     with lock, staging(repository.absolute()) as scratch:
+        check_plugin(repository, models.plugin)
         for model in models.versions:
             write_version(model, repository, scratch)
-        write_script(start_script(_plugins_in(repository)), repository / START_SCRIPT)
+        plugins = plugins_of(repository)
+        write_script(start_script(plugins[-1] if plugins else None), repository / START_SCRIPT)
         write_json_model(report, repository / REPORT_FILE)
-
-
-def _plugins_in(repository: Path) -> list[str]:
-    """Libraries that engines of the repository need, each once; of equal ones that of the newest version."""
-    found = sorted(repository.glob("*/*/*.so"), key=lambda path: int(path.parent.name), reverse=True)
-    once = {sha256_from_file(path): path for path in reversed(found)}
-    return sorted(str(path.relative_to(repository)) for path in once.values())
 
 
 def _beside(repository: Path, suffix: str) -> Path:
