@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from fptq_export import __version__
@@ -99,7 +100,9 @@ async def _answered(request: Request, texts: Texts, answer: Answer, body: Comple
         events = server_sent_events(texts, answer, includes_usage=body.includes_usage)
         # A proxy must not hold the events back.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        # The events cancel their texts when they are left; those of a client that left before are never begun.
+        cancel = BackgroundTask(texts.cancel)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers, background=cancel)
     writing = asyncio.create_task(texts.whole())
     leaving = asyncio.create_task(_disconnected(request))
     try:

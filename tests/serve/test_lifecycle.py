@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 import threading
 from collections.abc import Callable
@@ -42,6 +44,34 @@ def test_text_of_a_client_that_left_is_cancelled(session: Session, leave: Callab
         until(lambda: server.metric("fptq_requests_total", outcome="cancelled") == 1.0)
         assert server.metric("fptq_num_requests_running") == 0.0
         assert held.calls < LONG["max_tokens"]
+
+
+def test_stream_that_nobody_began_to_read_is_cancelled(session: Session) -> None:
+    """A client that left while its prompt was read is noticed before the first event, too."""
+    slow, held = held_session(session)
+    body = json.dumps({"model": NAME, "prompt": "a", "stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
+    messages: list[dict[str, Any]] = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+    headers = [(b"content-type", b"application/json")]
+    address = {"path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": ""}
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "headers": headers, **address}
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: object) -> None:
+        await asyncio.sleep(0)
+
+    with serving(slow) as server:
+        application: Any = server.server.config.app
+
+        async def leave_at_once() -> None:
+            await application({**scope, "state": {}}, receive, send)
+            held.free.set()  # the event loop goes on: without one the text could not be delivered, and would end
+            await asyncio.to_thread(until, lambda: server.metric("fptq_num_requests_running") == 0.0)
+
+        asyncio.run(leave_at_once())
+        assert server.metric("fptq_requests_total", outcome="cancelled") == 1.0
+        assert held.calls <= 1
 
 
 def test_client_that_leaves_the_queue_keeps_nobody_out(session: Session) -> None:

@@ -8,8 +8,13 @@ import numpy as np
 
 from fptq_export.errors import UserError
 from fptq_export.runtime import Piece
+from fptq_export.runtime.refusals import QueueFullError, ShuttingDownError
 
 __all__ = ["CancelledError", "Responder", "send_error"]
+
+
+_LATER = (QueueFullError, ShuttingDownError)
+"""What is not the request's fault."""
 
 
 class CancelledError(Exception):
@@ -30,6 +35,7 @@ class Responder:
         self._sender = sender
         self._stream = stream
         self._pieces: list[Piece] = []
+        self._tokens = 0
 
     def __call__(self, event: Piece | Exception | None) -> None:
         """Send a piece, or keep it for the answer; send an error, or the end of a text that was cancelled.
@@ -44,6 +50,7 @@ class Responder:
             self._close_cancelled()
             raise CancelledError
         self._pieces.append(event)
+        self._tokens += 1
         if self._stream or event.finish_reason is not None:
             self._send()
 
@@ -60,6 +67,7 @@ class Responder:
         self._sender.send(response, flags=final if reason is not None else 0)
 
     def _close_cancelled(self) -> None:
+        self._backend.Logger.log_verbose(f"cancelled after {self._tokens} tokens")
         error = self._backend.TritonError("request was cancelled", self._backend.TritonError.CANCELLED)
         response = self._backend.InferenceResponse(output_tensors=[], error=error)
         self._sender.send(response, flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -71,7 +79,7 @@ def send_error(backend: Any, sender: Any, error: Exception) -> None:
     if not isinstance(error, UserError):
         code, text = kinds.INTERNAL, f"{type(error).__name__}: {error}"
     else:
-        code, text = kinds.UNAVAILABLE if error.where == "server" else kinds.INVALID_ARG, str(error)
+        code, text = kinds.UNAVAILABLE if isinstance(error, _LATER) else kinds.INVALID_ARG, str(error)
     response = backend.InferenceResponse(output_tensors=[], error=backend.TritonError(text, code))
     sender.send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
