@@ -30,6 +30,7 @@ STARTS = {
     "03_weight_methods": ("three_tiers_dir", "three_tiers_run"),
     "04_evaluate": ("smollm2_gguf", "smollm2_run"),
     "05_sentence_embeddings": ("smollm2_gguf", "minilm_run"),
+    "08_load_test": ("three_tiers_dir", "three_tiers_run"),
 }
 """Sample -> fixtures of its `MODEL`, and of what it finds in `run/`, as in a second run; that of 01_quickstart has its
 options. 02 and 03 stay in torch, with fake quantization, as one of the systems of 04 does on SmolLM2."""
