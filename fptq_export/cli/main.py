@@ -88,7 +88,8 @@ def _run(words: list[str], console: Console, verbose: bool, ranks: Ranks) -> Exi
         print_plans(verb, options, Console(highlight=False))
         return ExitCode.OK
     # The pipeline imports ONNX Runtime; help and usage errors do without.
-    from fptq_export.pipeline import run_road, runs_from_options
+    from fptq_export.pipeline.halves import runs_from_options
+    from fptq_export.pipeline.road import run_road
     from fptq_export.pipeline.summary import print_summary
     from fptq_export.progress import ConsoleProgress
 

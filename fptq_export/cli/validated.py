@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from fptq_export.errors import Problem, UserErrors
 
@@ -33,7 +32,7 @@ def validated(model: type[OptionsT], values: Mapping[str, Any], verb: str) -> Op
         raise UserErrors("options", problems, f"see fptq-export {verb} --help") from None
 
 
-def _message(item: ErrorDetails) -> str:
+def _message(item: Mapping[str, Any]) -> str:
     if item["type"] != "literal_error":
-        return item["msg"]
+        return str(item["msg"])
     return f"choose from {item['ctx']['expected'].replace(chr(39), '').replace(' or ', ', ')}"

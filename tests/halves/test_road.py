@@ -15,7 +15,7 @@ from calib.fake_quant import applied_policy
 from fptq_export.files import read_json_model
 from fptq_export.options import RunOptions
 from fptq_export.package.manifest import Manifest
-from fptq_export.pipeline import runs_from_options
+from fptq_export.pipeline.halves import runs_from_options
 from fptq_export.policy import read_policy
 from fptq_export.progress import NoProgress
 from fptq_export.sites import read_sites

@@ -1,4 +1,4 @@
-"""One finished run of the whole road on a tiny model, and a command line to run more."""
+"""A command line to run the road with, and copies of a finished run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from fptq_export.cli import main
+from tests.support.models import SMALL
 
-SMALL = ("--calib-size", "2", "--calib-seq", "64", "--eval-windows", "1", "--eval-seq", "80", "--decode-steps", "4")
-"""Enough for every code path. The window is longer than the prompt of the decode comparison."""
+__all__ = ["FILES", "SMALL", "Command", "Outcome"]
+
 FILES = frozenset(
     {
         "build.log",
@@ -66,16 +67,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         return Outcome(int(code), captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def finished_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`run/` and `out.plan` of the tiny LLaMA, in one directory. Not to be changed: copy it."""
-    directory = tmp_path_factory.mktemp("finished")
-    run, engine = directory / "run", directory / "out.plan"
-    assert main([str(tiny_llama_dir), "-o", str(run), "--engine", str(engine), *SMALL]) == 0
-    logging.disable(logging.NOTSET)
-    return directory
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ TEXT_SUFFIXES = {".md", ".py", ".toml", ".txt", ".sh", ".cu", ".cpp", ".h", ".cm
 FORBIDDEN = {
     "a path of one machine": re.compile(r"(?<![\w.])/(?:" + "work|root|home" + r")/"),
     "an unfinished note": re.compile("TO" + "DO|FIX" + "ME|XX" + "X"),
+    "an unfinished merge": re.compile("^(?:" + "<" * 7 + "|" + ">" * 7 + ") ", re.MULTILINE),
 }
 
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
@@ -99,7 +100,9 @@ def test_text_holds_nothing_of_one_machine_and_nothing_unfinished(path: Path) ->
     assert found == []
 
 
-@pytest.mark.parametrize("text", ["see /wo" + "rk/main", "'/ro" + "ot/x'", "# TO" + "DO: later"])
+@pytest.mark.parametrize(
+    "text", ["see /wo" + "rk/main", "'/ro" + "ot/x'", "# TO" + "DO: later", "a\n" + ">" * 7 + " main"]
+)
 def test_forbidden_text_is_found(text: str) -> None:
     """The patterns above can fail."""
     assert any(pattern.search(text) for pattern in FORBIDDEN.values())

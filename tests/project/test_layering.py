@@ -39,7 +39,7 @@ LEAVES = frozenset(
 DRIVERS = frozenset(
     {
         *("__main__", "activations", "cli", "debug", "diff", "doctor", "evaluate", "inspect", "monitor"),
-        *("pipeline", "report"),
+        *("pipeline", "report", "runtime"),
     }
 )
 """May import everything; nothing but drivers may import them."""
@@ -207,6 +207,11 @@ def heavy_modules_after(statement: str) -> list[str]:
 def test_import_loads_nothing_heavy(statement: str) -> None:
     """Importing the package, its command line or a leaf loads neither torch nor a runtime nor TensorRT."""
     assert heavy_modules_after(statement) == []
+
+
+def test_runtime_loads_no_torch() -> None:
+    """Who serves a model waits for ONNX Runtime, and neither for torch nor for transformers."""
+    assert heavy_modules_after("import fptq_export.runtime") == ["onnxruntime"]
 
 
 def test_heavy_import_would_be_seen() -> None:

@@ -60,6 +60,7 @@ PACKAGES = {
     "fptq_export/report/templates",
     "fptq_export/rewrite",
     "fptq_export/roofline",
+    "fptq_export/runtime",
     "fptq_export/trace",
     "fptq_export/verify",
 }

@@ -13,6 +13,7 @@ __all__ = [
     "BERT_POSITIONS",
     "ENCODER_SIZES",
     "ESM_MASK",
+    "SMALL",
     "model_once",
     "tiny_bart",
     "tiny_bert",
@@ -24,6 +25,8 @@ __all__ = [
     "tiny_t5",
 ]
 
+SMALL = ("--calib-size", "2", "--calib-seq", "64", "--eval-windows", "1", "--eval-seq", "80", "--decode-steps", "4")
+"""Enough for every code path. The window is longer than the prompt of the decode comparison."""
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 4,

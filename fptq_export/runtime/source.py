@@ -1,0 +1,142 @@
+"""What a session is opened on: a run directory, an engine or a graph; and which backend runs it here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from fptq_export.build.engine_facts import EngineFacts, facts_from_summary
+from fptq_export.diff.engine_session import engine_problem
+from fptq_export.doctor.machine import machine_of_here
+from fptq_export.doctor.plan import PlanQuestion, report_on_plan
+from fptq_export.errors import UserError
+from fptq_export.package.manifest import Manifest, manifest_of_run, read_manifest
+from fptq_export.package.run_of_engine import BUILD, engines_of_run, run_of_engine
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.tasks import CAUSAL_LM
+
+__all__ = ["Backend", "Choice", "Limits", "Source", "backend_for", "limits_of", "source_from_path"]
+
+Backend = Literal["onnxruntime", "tensorrt"]
+_GRAPH = ".onnx"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much text a model takes; None where nothing says so."""
+
+    max_input_len: int | None = None
+    """Tokens of a prompt."""
+    max_kv_len: int | None = None
+    """Tokens of prompt and answer."""
+    max_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files that belong together."""
+
+    directory: Path
+    """Has the tokenizer."""
+    graph: Path
+    """The portable graph; it need not be there."""
+    engine: Path | None = None
+    manifest: Manifest | None = None
+    """None for a graph without a run."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why not the engine."""
+
+    backend: Backend
+    note: str = ""
+
+
+def source_from_path(path: Path, engine: Path | None = None) -> Source:
+    """Find what belongs to a run directory, an engine or a graph.
+
+    Args:
+        path: One of the three.
+        engine: Another engine of that run than the last one built.
+
+    Raises:
+        UserError: There is no such file, no run that the engine is of, or the run is not of a causal language model.
+    """
+    if path.is_dir():
+        manifest = manifest_of_run(path)
+        built = [path / record.path for record in engines_of_run(manifest)]
+        source = Source(path, RunDirectory(path).w4a8, engine or (built[0] if built else None), manifest)
+    elif not path.is_file():
+        raise UserError(str(path), "no such file", "give a run directory, an engine, or an ONNX graph")
+    elif path.suffix == _GRAPH:
+        source = Source(path.parent, path, engine, read_manifest(path.parent))
+    else:
+        run = run_of_engine(path)
+        if run is None:
+            raise UserError(
+                str(path), "no manifest beside it names it", "give its run directory, and the engine with it"
+            )
+        source = Source(run.directory, RunDirectory(run.directory).w4a8, path, run.manifest)
+    _check_task(source)
+    return source
+
+
+def backend_for(source: Source, wanted: Backend | Literal["auto"]) -> Choice:
+    """What runs the model here: the engine if there is one and a GPU, else ONNX Runtime, which is then said.
+
+    Raises:
+        UserError: The engine is wanted and cannot run here, or a GPU is here and the engine will not load on it.
+    """
+    if wanted == "onnxruntime":
+        return Choice("onnxruntime")
+    reason = _engine_reason(source)
+    if reason is not None:
+        if wanted == "tensorrt":
+            hint = 'leave backend at "auto" to run the portable graph in ONNX Runtime'
+            raise UserError(str(source.engine or source.directory), reason, hint)
+        return Choice("onnxruntime", reason)
+    if source.engine is None:
+        raise AssertionError("an engine that is not there has a reason")
+    report = report_on_plan(PlanQuestion(source.engine, source.directory), machine_of_here())
+    for check in report.checks:
+        if check.status == "problem":
+            raise UserError(str(source.engine), check.text, check.fix)
+    return Choice("tensorrt")
+
+
+def limits_of(source: Source, backend: Backend) -> Limits:
+    """What the engine's profiles say; for a graph, what its run was asked for, so that both take the same texts."""
+    if source.manifest is None:
+        return Limits()
+    options = source.manifest.options
+    facts = _facts(source.manifest) if backend == "tensorrt" else None
+    if facts is None or not facts.profiles:
+        return Limits(options.max_input_len, options.max_kv_len, options.max_batch_size)
+    largest = {item.name: item.maximum for profile in facts.profiles for item in profile}
+    batch, tokens = largest["input_ids"]
+    return Limits(tokens, largest["attention_mask"][1], batch)
+
+
+def _check_task(source: Source) -> None:
+    task = source.manifest.options.task if source.manifest is not None else "auto"
+    if task not in ("auto", CAUSAL_LM):
+        cause = f"is a run of a {task}, which writes no text by itself"
+        raise UserError(str(source.directory), cause, "give the run of a causal language model")
+
+
+def _engine_reason(source: Source) -> str | None:
+    if source.manifest is None:
+        return "it is a graph without a run directory, which would name an engine"
+    return engine_problem(source.manifest, source.engine)
+
+
+def _facts(manifest: Manifest) -> EngineFacts | None:
+    build = manifest.stages.get(BUILD)
+    try:
+        return None if build is None else facts_from_summary(build.summary)
+    except ValidationError:
+        return None
