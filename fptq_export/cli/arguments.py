@@ -17,6 +17,7 @@ from fptq_export.cli.monitor_arguments import MONITOR
 from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
 from fptq_export.cli.stats_arguments import STATS
+from fptq_export.cli.triton_arguments import TRITON
 from fptq_export.cli.validated import validated
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
@@ -36,7 +37,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, STATS, REPORT, INSPECT, DOCTOR, MONITOR)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, STATS, REPORT, INSPECT, DOCTOR, MONITOR, TRITON)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\

@@ -39,7 +39,7 @@ LEAVES = frozenset(
 DRIVERS = frozenset(
     {
         *("__main__", "activations", "cli", "debug", "diff", "doctor", "evaluate", "inspect", "monitor"),
-        *("pipeline", "report", "runtime"),
+        *("pipeline", "report", "runtime", "triton"),
     }
 )
 """May import everything; nothing but drivers may import them."""

@@ -62,6 +62,8 @@ PACKAGES = {
     "fptq_export/roofline",
     "fptq_export/runtime",
     "fptq_export/trace",
+    "fptq_export/triton",
+    "fptq_export/triton/serving",
     "fptq_export/verify",
 }
 """Folders with files in the wheel. A new package is added here on purpose."""
@@ -71,8 +73,11 @@ SUFFIXES = {".css", ".j2", ".js", ".json", ".py", ".txt", ".typed"}
 """Kinds of files in our packages: the page of a report (three of them), counts of the time model, code, the built-in
 text, the typing marker."""
 
-OPTIONAL_IMPORTS = {"matplotlib", "datasets", "jinja2", "lm_eval", "markupsafe", "pynvml", "tensorrt", "tensorrt_rtx"}
-"""Imported only where an extra installs them."""
+OPTIONAL_IMPORTS = {
+    *("datasets", "google", "jinja2", "lm_eval", "markupsafe", "matplotlib", "pynvml", "pytriton", "tensorrt"),
+    *("tensorrt_rtx", "triton_python_backend_utils", "tritonclient"),
+}
+"""Imported only where an extra installs them (google.protobuf with tritonclient), or where Triton gives them."""
 
 
 @pytest.fixture(scope="module")
