@@ -23,6 +23,7 @@ __all__ = ["CpuForm", "cpu_form_from_path"]
 
 _OPSET = 23
 """`RMSNormalization` and `RotaryEmbedding` came with it."""
+_FLOATS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT})
 _NARROW_INPUTS = (
     *((CPU_DOMAIN, W4A8_STATIC, index) for index in (3, 5, 7)),
     *((CPU_DOMAIN, W4A8_PER_TOKEN, index) for index in (2, 4, 6)),
@@ -46,21 +47,28 @@ class CpuForm:
 
 
 def cpu_form_from_path(path: Path) -> CpuForm:
-    """Bring a portable graph into the form."""
-    model = load_graph(path)
-    _give_last_logits(model)
-    model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _OPSET)
-    attention, cache, lower = FuseAttention(), CacheInPlace(), LowerToCpu()
-    for rewrite in (FuseRmsNorm(), FuseRotary(), attention, cache, lower):
+    """Bring a portable graph into the form; its logits are those of the last token.
+
+    Raises:
+        UserError: The graph cannot be read, or its head is not found.
+    """
+    model = _opened(path)
+    attention, cache, lower = FuseAttention(_FLOATS), CacheInPlace(), LowerToCpu()
+    for rewrite in (FuseRotary(), attention, cache):
         rewrite(model)
-    WidenToFloat(_NARROW_INPUTS)(model)
-    common.RemoveUnusedNodesPass()(model)
+    if not cache.fused:  # attention as one operator pays where it spares the copy of the cache, and only there
+        model = _opened(path)
+    for rewrite in (FuseRmsNorm(), lower, WidenToFloat(_NARROW_INPUTS), common.RemoveUnusedNodesPass()):
+        rewrite(model)
     left_alone = {**attention.left_alone, **cache.left_alone, **lower.left_alone}
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return CpuForm(serialized, lower.lowered, left_alone, cache.fused > 0)
 
 
-def _give_last_logits(model: ir.Model) -> None:
-    logits = next(value for value in model.graph.outputs if value.name == "logits")
-    if logits.shape is None or logits.shape[1] != 1:
+def _opened(path: Path) -> ir.Model:
+    model = load_graph(path)
+    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
+    if logits is None or logits.shape is None or logits.shape[1] != 1:
         LastTokenLogits()(model)
+    model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _OPSET)
+    return model

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from fptq_export.rewrite.functions import DOMAIN, W4A8_PER_TOKEN, W4A8_STATIC
-from fptq_export.rewrite.matching import producer, replace_node, sizes
+from fptq_export.rewrite.matching import has_shape, producer, replace_node, sizes
 
 __all__ = ["CPU_DOMAIN", "HALF_LINEAR", "LowerToCpu"]
 
@@ -30,8 +30,9 @@ class LowerToCpu(ir.passes.InPlacePass):
            of input channels become one with as many weights and outputs, so that x is quantized once. It stands where
            the first of them stood.
         3. Group scales in FLOAT, which a graph in FLOAT has, go back to the FLOAT16 that they were widened from.
-        4. `MatMul(x, Transpose(w))` with a constant w [out, in] in FLOAT16, as a head that shares the embedding has it,
-           becomes `FptqHalfLinear(x, w)`.
+        4. The head, a `MatMul` of one token a sequence and a constant in FLOAT16 that is [in, out] or the `Transpose` of
+           [out, in], becomes `FptqHalfLinear(x, w)`, which widens the weight where it reads it. Other float linears
+           stay: with many tokens, widening pays once for all.
         5. Left alone, with a reason in `left_alone`: weights, scales or activation scales that are no constants, or of
            other types.
 
@@ -58,7 +59,9 @@ class LowerToCpu(ir.passes.InPlacePass):
                 else:
                     groups.setdefault(_key(node), []).append(node)
             elif (weight := _half_weight(node)) is not None:
-                replace_node(model, node, ir.node(HALF_LINEAR, [node.inputs[0], weight], domain=CPU_DOMAIN, name=node.name))
+                turned = {"inputs_first": int(weight is node.inputs[1])}
+                half = ir.node(HALF_LINEAR, [node.inputs[0], weight], turned, domain=CPU_DOMAIN, name=node.name)
+                replace_node(model, node, half)
                 self.lowered[weight.name or ""] = HALF_LINEAR
         for group in groups.values():
             for nodes in (group[i : i + _MOST_WEIGHTS] for i in range(0, len(group), _MOST_WEIGHTS)):
@@ -140,11 +143,10 @@ def _half_scales(model: ir.Model, node: ir.Node) -> ir.Value:
 
 def _half_weight(node: ir.Node) -> ir.Value | None:
     """The weight of rule 4."""
-    if node.op_type != "MatMul" or node.domain:
+    if node.op_type != "MatMul" or node.domain or not has_shape(node.inputs[0], None, 1, None):
         return None
-    turned = producer(node.inputs[1], "Transpose")
-    weight = turned.inputs[0] if turned is not None else None
-    if weight is None or turned is None or not weight.is_initializer() or weight.dtype != ir.DataType.FLOAT16:
-        return None
-    is_swap = tuple(turned.attributes.get_ints("perm", (1, 0))) == (1, 0)
-    return weight if is_swap and None not in sizes(weight, 2) else None
+    turned, weight = producer(node.inputs[1], "Transpose"), node.inputs[1]
+    if turned is not None:
+        weight = turned.inputs[0] if tuple(turned.attributes.get_ints("perm", (1, 0))) == (1, 0) else None
+    fits = weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.FLOAT16
+    return weight if fits and None not in sizes(weight, 2) else None

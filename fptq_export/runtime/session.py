@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from fptq_export.diff.engine_session import opened_engine
 from fptq_export.errors import UserError
+from fptq_export.runtime.cpu_session import Kernels, cpu_session
 from fptq_export.runtime.generation import Completion, Generation, Piece, completion_from_pieces, now
 from fptq_export.runtime.sampling import Sampling
 from fptq_export.runtime.source import Backend, Limits, Source, backend_for, limits_of, source_from_path
 from fptq_export.runtime.text import TextTokenizer, tokenizer_from_directory
-from fptq_export.verify.sessions import CausalSession, OnnxCausalSession
+from fptq_export.verify.sessions import CausalSession
 
 __all__ = ["Prompt", "Session"]
 
@@ -62,6 +63,7 @@ class Session:
         engine: str | Path | None = None,
         backend: Backend | Literal["auto"] = "auto",
         threads: int | None = None,
+        kernels: Kernels = "auto",
     ) -> Session:
         """Open what `fptq-export` wrote.
 
@@ -71,14 +73,17 @@ class Session:
             backend: `auto` takes the engine where there is one and a GPU, else the portable graph in ONNX Runtime;
                 `note` then says why.
             threads: Of ONNX Runtime, inside an operator; None takes every core.
+            kernels: With `onnxruntime`, what computes the W4A8 linears: `cpu` is `fptq_export.cpu`, many times faster,
+                which has to be built; `stock` is ONNX Runtime's own operators; `auto` takes the first where it is built.
+                `model.name` says which of the two runs.
 
         Raises:
-            UserError: A file is missing or wrong, or the engine will not load here; it says why, as `doctor` does.
+            UserError: A file is missing or wrong, the kernels are asked for and not built, or the engine will not load here; it says why, as `doctor` does.
         """
         found = source_from_path(Path(source), None if engine is None else Path(engine))
         choice = backend_for(found, backend)
         with ExitStack() as resources:
-            model = _model(found, choice.backend, threads, resources)
+            model = _model(found, choice.backend, threads, kernels, resources)
             tokenizer = tokenizer_from_directory(found.directory)
             limits = limits_of(found, choice.backend)
             session = cls(model, tokenizer, limits, backend=choice.backend, note=choice.note)
@@ -162,9 +167,11 @@ def _pieces(generation: Generation) -> Iterator[Piece]:
         yield generation.step()
 
 
-def _model(source: Source, backend: Backend, threads: int | None, resources: ExitStack) -> CausalSession:
+def _model(
+    source: Source, backend: Backend, threads: int | None, kernels: Kernels, resources: ExitStack
+) -> CausalSession:
     if backend == "onnxruntime":
-        return OnnxCausalSession(source.graph, threads=threads)
+        return cpu_session(source.graph, threads, kernels)
     if source.manifest is None or source.engine is None:
         raise AssertionError("an engine is chosen only where a manifest names it")
     return resources.enter_context(opened_engine(source.manifest, source.engine))

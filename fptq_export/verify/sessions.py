@@ -30,6 +30,7 @@ __all__ = [
     "GraphOptimization",
     "OnnxCache",
     "OnnxCausalSession",
+    "OrtForm",
     "first_line",
     "session_from_path",
 ]
@@ -90,6 +91,16 @@ class OnnxCache:
 
 
 @dataclass(frozen=True)
+class OrtForm:
+    """Another form of a graph, which ONNX Runtime runs in its place."""
+
+    graph: bytes
+    """Protobuf; weights that are not inside lie beside the graph that it is a form of."""
+    operators: Path
+    """Library with its custom operators."""
+
+
+@dataclass(frozen=True)
 class _PastInput:
     dtype: np.dtype[Any]
     heads: int
@@ -134,6 +145,9 @@ class OnnxCausalSession:
             on FP16 graphs: the weights are widened to FP32 once, and not at every call.
         all_logits: Run the form of the graph that gives the logits of every token, where the file gives those of the
             last one (`all_logits`).
+        form: Run this in place of the file.
+        spin: Let idle threads wait for work without giving up their core: faster, and only for a session that has the
+            cores to itself.
 
     Raises:
         UserError: The file is missing, is not a graph ONNX Runtime can run, or its inputs and outputs are not those
@@ -153,12 +167,17 @@ class OnnxCausalSession:
         name: str | None = None,
         optimization: GraphOptimization = "all",
         all_logits: bool = False,
+        form: OrtForm | None = None,
+        spin: bool = False,
     ) -> None:
         self.name = path.name if name is None else name
         self._path = path
         self._given: Mapping[str, NDArray[Any]] = {}
-        graph = graph_with_all_logits(path) if all_logits and gives_last_only(path) else None
-        self._session = session_from_path(path, threads, optimization, graph)
+        if form is None and all_logits and gives_last_only(path):
+            graph: bytes | OrtForm | None = graph_with_all_logits(path)
+        else:
+            graph = form
+        self._session = session_from_path(path, threads, optimization, graph, spin=spin)
         self._signature = _signature_from_session(path, self._session, self.inputs)
         self._outputs = ["logits", *self._signature.past_from_present]
 
@@ -244,9 +263,14 @@ class OnnxCausalSession:
 
 
 def session_from_path(
-    path: Path, threads: int | None, optimization: GraphOptimization, graph: bytes | None = None
+    path: Path,
+    threads: int | None,
+    optimization: GraphOptimization,
+    graph: bytes | OrtForm | None = None,
+    *,
+    spin: bool = False,
 ) -> Any:
-    """A session of a file, or of a graph whose weights lie beside that file.
+    """A session of a file, or of a graph whose weights lie beside that file; arguments as for `OnnxCausalSession`.
 
     Raises:
         UserError: ONNX Runtime cannot open it.
@@ -256,14 +280,17 @@ def session_from_path(
     options = ort.SessionOptions()
     options.graph_optimization_level = _OPTIMIZATION_LEVELS[optimization]
     options.log_severity_level = _FATAL_ONLY
-    # Idle threads that spin take the cores from whatever runs next to them: here, the other session.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Idle threads that spin take the cores from whatever runs next to them: where two are compared, the other session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     # The default, 4, quantizes the activations of every block-INT4 MatMul once more, in blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACCURACY)
     # Read only where the graph comes as bytes: a file is its own place.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if threads is not None:
         options.intra_op_num_threads = threads
+    if isinstance(graph, OrtForm):
+        _register_operators(options, graph.operators)
+        graph = graph.graph
     try:
         return ort.InferenceSession(str(path) if graph is None else graph, options, providers=["CPUExecutionProvider"])
     except ort_errors.NotImplemented as error:
@@ -278,6 +305,14 @@ def session_from_path(
             f"ONNX Runtime cannot open it ({first_line(error)})",
             "see that the weights file lies beside it whole, or export the model again",
         ) from error
+
+
+def _register_operators(options: Any, library: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(library))
+    except ORT_ERRORS as error:
+        cause = f"ONNX Runtime cannot load these operators ({first_line(error)})"
+        raise UserError(str(library), cause, "build them again: python -m fptq_export.cpu build") from error
 
 
 def _with_slots(value: Any, slots: int) -> Any:

@@ -6,7 +6,7 @@
 //     codes INT4 [k, n] and scales FLOAT16 [k / group_size, n]; a y FLOAT [..., n] for each. Attribute group_size. All but
 //     x are constants.
 //   FptqHalfLinear(x, w) -> y
-//     x FLOAT [..., k]; w FLOAT16 [n, k], a constant; y FLOAT [..., n].
+//     x FLOAT [..., k]; w FLOAT16, a constant: [n, k], or [k, n] with the attribute inputs_first 1; y FLOAT [..., n].
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -265,25 +265,43 @@ class W4A8Kernel {
 class HalfKernel {
  public:
   HalfKernel(const Api& api, const OrtKernelInfo* info)
-      : api_(api), instruction_set_(fastest_instruction_set()), w_(constant(api, info, 1, kFloat16, 2)) {}
+      : api_(api), instruction_set_(fastest_instruction_set()) {
+    const Tensor w = constant(api, info, 1, kFloat16, 2);
+    int64_t inputs_first = 0;
+    check(api.int_attribute(info, "inputs_first", &inputs_first));
+    n_ = w.dims[inputs_first == 0 ? 0 : 1];
+    k_ = w.dims[inputs_first == 0 ? 1 : 0];
+    if (n_ < 1 || k_ < 1 || n_ > INT32_MAX || k_ > INT32_MAX) throw std::runtime_error("w has no shape for it");
+    w_ = static_cast<const uint16_t*>(w.data);  // of the session, which outlives its kernels
+    if (inputs_first != 0) transpose();
+  }
 
   void compute(OrtKernelContext* context) const {
-    const int64_t n = w_.dims[0], k = w_.dims[1];
-    const Rows rows(api_, context, k);
-    void* y = rows.output(api_, context, 0, n);
+    const Rows rows(api_, context, k_);
+    void* y = rows.output(api_, context, 0, n_);
     if (rows.count == 0) return;
     Pool pool{api_, context};
     const FptqCpuPool c_pool = pool.c_pool();
-    check(fptqCpuHalfLinear(rows.count, static_cast<int32_t>(n), static_cast<int32_t>(k), instruction_set_,
-                            &c_pool, static_cast<const float*>(rows.x.data), w_.data,
-                            static_cast<float*>(y)));
+    check(fptqCpuHalfLinear(rows.count, static_cast<int32_t>(n_), static_cast<int32_t>(k_), instruction_set_,
+                            &c_pool, static_cast<const float*>(rows.x.data), w_, static_cast<float*>(y)));
     check(pool.status);
   }
 
  private:
+  // A copy of its own with the input channels of an output side by side.
+  void transpose() {
+    by_output_.resize(static_cast<size_t>(n_ * k_));
+    for (int64_t row = 0; row < k_; ++row) {
+      for (int64_t column = 0; column < n_; ++column) by_output_[column * k_ + row] = w_[row * n_ + column];
+    }
+    w_ = by_output_.data();  // a moved vector keeps its memory
+  }
+
   Api api_;
   FptqCpuInstructionSet instruction_set_;
-  Tensor w_;  // of the session, which outlives its kernels
+  int64_t n_ = 0, k_ = 0;
+  const uint16_t* w_ = nullptr;
+  std::vector<uint16_t> by_output_;
 };
 
 // An operator: its name, the types of its inputs, and how many of those and of the outputs must be there.
