@@ -46,7 +46,8 @@ class _Cached:
     def presents(self) -> tuple[ir.Value, ir.Value]:
         """Keys and values with the new tokens."""
         present_key, present_value = self.node.inputs[1:3]
-        assert present_key is not None and present_value is not None
+        assert present_key is not None
+        assert present_value is not None
         return present_key, present_value
 
 
@@ -118,7 +119,12 @@ def _match(node: ir.Node) -> _Cached:
 def _joined(value: ir.Value | None) -> tuple[ir.Value, ir.Value]:
     """Rule 2: the past and the new."""
     joined = producer(value, "Concat")
-    if joined is None or value is None or len(joined.inputs) != 2 or joined.attributes.get_int("axis", 0) not in (2, -2):
+    if (
+        joined is None
+        or value is None
+        or len(joined.inputs) != 2
+        or joined.attributes.get_int("axis", 0) not in (2, -2)
+    ):
         raise _LeftAloneError("its keys and values are not those of the past joined with new ones")
     past, new = joined.inputs
     if past is None or new is None or not past.is_graph_input() or not value.is_graph_output():
@@ -189,14 +195,14 @@ def _hand_on(model: ir.Model, cached: _Cached, mixed: ir.Value) -> None:
     swap = only_reader(before, "Transpose")
     joined = only_reader(swap.outputs[0], "Reshape") if swap is not None else None
     width = cached.heads * (sizes(cached.query, 4)[3] or 0)
-    if swap is not None and joined is not None and tuple(swap.attributes.get_ints("perm", ())) == _TOKENS_FIRST:
-        if sizes(joined.outputs[0], 3)[2] == width:
-            after = joined.outputs[0]
-            mixed.shape = after.shape
-            ir.convenience.replace_all_uses_with(after, mixed, replace_graph_outputs=True)
-            for dead in (joined, swap, cached.node):
-                model.graph.remove(dead, safe=True)
-            return
+    swaps = swap is not None and tuple(swap.attributes.get_ints("perm", ())) == _TOKENS_FIRST
+    if swaps and swap is not None and joined is not None and sizes(joined.outputs[0], 3)[2] == width:
+        after = joined.outputs[0]
+        mixed.shape = after.shape
+        ir.convenience.replace_all_uses_with(after, mixed, replace_graph_outputs=True)
+        for dead in (joined, swap, cached.node):
+            model.graph.remove(dead, safe=True)
+        return
     shape = constant_initializer(
         model, f"{_OPERATOR}.heads_{cached.heads}_{width}", np.array([0, 0, cached.heads, -1], np.int64)
     )

@@ -15,6 +15,7 @@ from fptq_export.rewrite.functions import W4A8_PER_TOKEN, W4A8_STATIC
 from fptq_export.rewrite.fuse_attention import FuseAttention
 from fptq_export.rewrite.fuse_rms_norm import FuseRmsNorm
 from fptq_export.rewrite.fuse_rotary import FuseRotary
+from fptq_export.rewrite.fuse_skip_norm import FuseSkipNorm
 from fptq_export.rewrite.last_token_logits import LastTokenLogits
 from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN, HALF_LINEAR, LowerToCpu
 from fptq_export.rewrite.widen_to_float import WidenToFloat
@@ -54,15 +55,18 @@ def cpu_form_from_path(path: Path) -> CpuForm:
     """
     model = _opened(path)
     attention, cache, lower = FuseAttention(_FLOATS), CacheInPlace(), LowerToCpu()
-    for rewrite in (FuseRotary(), attention, cache):
-        rewrite(model)
+    _apply(model, FuseRotary(), attention, cache)
     if not cache.fused:  # attention as one operator pays where it spares the copy of the cache, and only there
         model = _opened(path)
-    for rewrite in (FuseRmsNorm(), lower, WidenToFloat(_NARROW_INPUTS), common.RemoveUnusedNodesPass()):
-        rewrite(model)
+    _apply(model, FuseRmsNorm(), lower, WidenToFloat(_NARROW_INPUTS), FuseSkipNorm(), common.RemoveUnusedNodesPass())
     left_alone = {**attention.left_alone, **cache.left_alone, **lower.left_alone}
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return CpuForm(serialized, lower.lowered, left_alone, cache.fused > 0)
+
+
+def _apply(model: ir.Model, *rewrites: ir.passes.InPlacePass) -> None:
+    for rewrite in rewrites:
+        rewrite(model)
 
 
 def _opened(path: Path) -> ir.Model:

@@ -24,7 +24,8 @@ class LastTokenLogits(ir.passes.InPlacePass):
     """Take the last token right before the head, so that a prompt of S tokens gives [B, 1, V] and not [B, S, V].
 
     Rules:
-        1. The head is the MatMul, or the W4A8 linear, that makes `logits`, past operators that treat every token and every logit alone.
+        1. The head is the MatMul, or the W4A8 linear, that makes `logits`, past operators that treat every token and
+           every logit alone.
         2. Its input [B, S, H] is sliced to [B, 1, H]; everything else that reads that tensor keeps all of it.
         3. Where the logits come from anything else, or the input is not [B, S, H], nothing is changed and the cause is
            raised: a slice of the logits themselves would save nothing.

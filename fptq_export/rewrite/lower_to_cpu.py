@@ -30,8 +30,8 @@ class LowerToCpu(ir.passes.InPlacePass):
            of input channels become one with as many weights and outputs, so that x is quantized once. It stands where
            the first of them stood.
         3. Group scales in FLOAT, which a graph in FLOAT has, go back to the FLOAT16 that they were widened from.
-        4. The head, a `MatMul` of one token a sequence and a constant in FLOAT16 that is [in, out] or the `Transpose` of
-           [out, in], becomes `FptqHalfLinear(x, w)`, which widens the weight where it reads it. Other float linears
+        4. The head, a `MatMul` of one token a sequence and a constant in FLOAT16 that is [in, out] or the `Transpose`
+           of [out, in], becomes `FptqHalfLinear(x, w)`, which widens the weight where it reads it. Other float linears
            stay: with many tokens, widening pays once for all.
         5. Left alone, with a reason in `left_alone`: weights, scales or activation scales that are no constants, or of
            other types.
@@ -130,7 +130,8 @@ def _lower(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
 def _half_scales(model: ir.Model, node: ir.Node) -> ir.Value:
     """Rule 3."""
     scales = node.inputs[2]
-    assert scales is not None and scales.const_value is not None  # _obstacle
+    assert scales is not None  # _obstacle
+    assert scales.const_value is not None
     if scales.dtype == ir.DataType.FLOAT16:
         return scales
     name = f"{scales.name}.half"

@@ -11,7 +11,7 @@ __all__ = ["WidenToFloat"]
 
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _INLINE_SIZE = 65536
-"""Elements of a constant that is widened in the file; larger ones stay narrow there and are cast where they are read."""
+"""Elements of a constant that is widened in the file; larger ones stay narrow and are cast where they are read."""
 
 
 class WidenToFloat(ir.passes.InPlacePass):
@@ -68,7 +68,9 @@ class WidenToFloat(ir.passes.InPlacePass):
 
 def _is_kept_gather(value: ir.Value) -> bool:
     node = value.producer()
-    return node is not None and node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].dtype in _NARROW
+    return (
+        node is not None and node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].dtype in _NARROW
+    )
 
 
 def _cast_after(model: ir.Model, gather: ir.Node) -> None:

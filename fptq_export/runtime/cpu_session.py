@@ -32,7 +32,8 @@ def cpu_session(graph: Path, threads: int | None, kernels: Kernels = "auto") -> 
         kernels: `auto` takes `cpu` where they are built and the graph has W4A8 linears.
 
     Raises:
-        UserError: The graph cannot be opened; or `cpu` is asked for, and the kernels are not built or have nothing to do.
+        UserError: The graph cannot be opened; or `cpu` is asked for, and the kernels are not built, or have nothing to
+            do.
     """
     is_built = operators_path().is_file()
     if kernels == "cpu" and not is_built:

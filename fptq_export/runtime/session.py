@@ -73,12 +73,13 @@ class Session:
             backend: `auto` takes the engine where there is one and a GPU, else the portable graph in ONNX Runtime;
                 `note` then says why.
             threads: Of ONNX Runtime, inside an operator; None takes every core.
-            kernels: With `onnxruntime`, what computes the W4A8 linears: `cpu` is `fptq_export.cpu`, many times faster,
-                which has to be built; `stock` is ONNX Runtime's own operators; `auto` takes the first where it is built.
+            kernels: With `onnxruntime`, what computes the W4A8 linears: `cpu` is `fptq_export.cpu`, which is faster and
+                has to be built; `stock` is ONNX Runtime's own operators; `auto` takes the first where it is built.
                 `model.name` says which of the two runs.
 
         Raises:
-            UserError: A file is missing or wrong, the kernels are asked for and not built, or the engine will not load here; it says why, as `doctor` does.
+            UserError: A file is missing or wrong, the kernels are asked for and not built, or the engine will not load
+                here; it says why, as `doctor` does.
         """
         found = source_from_path(Path(source), None if engine is None else Path(engine))
         choice = backend_for(found, backend)

@@ -18,6 +18,8 @@ __all__ = ["InPlaceCache", "InPlaceCausalSession"]
 
 _LEAST_SLOTS = 256
 """Of a cache; it doubles where they are used up."""
+_RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError)
+"""A run with bound values raises the second."""
 _PAST, _PRESENT = "past_key_values", "present"
 
 
@@ -29,6 +31,8 @@ class _Buffer:
     values: dict[str, Any]
     """`past_key_values.N.key` -> OrtValue float32 [B, H, slots, D]."""
     slots: int
+    logits: Any
+    """OrtValue float32 [B, 1, V]."""
     filled: int = 0
     """Tokens that were written last: a cache of another length is one that the text went on from already."""
 
@@ -67,7 +71,7 @@ class InPlaceCausalSession:
             for value in self._session.get_inputs()
             if value.name.startswith(f"{_PAST}.")
         }
-        self._logits = [value.name for value in self._session.get_outputs()].index("logits")
+        self._vocabulary = next(value.shape[-1] for value in self._session.get_outputs() if value.name == "logits")
         self._inputs = frozenset(value.name for value in self._session.get_inputs())
 
     @property
@@ -108,15 +112,13 @@ class InPlaceCausalSession:
             name: ort.OrtValue.ortvalue_from_shape_and_type([batch, heads, slots, size], np.float32)
             for name, (heads, size) in self._shapes.items()
         }
+        logits = ort.OrtValue.ortvalue_from_shape_and_type([batch, 1, self._vocabulary], np.float32)
         binding = self._session.io_binding()
+        binding.bind_ortvalue_output("logits", logits)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        for output in self._session.get_outputs():
-            if output.name == "logits":
-                binding.bind_output("logits")
-            else:
-                binding.bind_ortvalue_output(output.name, values[output.name.replace(_PRESENT, _PAST, 1)])
-        return _Buffer(binding, values, slots)
+            binding.bind_ortvalue_output(name.replace(_PAST, _PRESENT, 1), value)
+        return _Buffer(binding, values, slots, logits)
 
     def _copied(self, buffer: _Buffer, length: int, needed: int) -> _Buffer:
         """The first tokens of a buffer in another one with enough slots."""
@@ -136,12 +138,11 @@ class InPlaceCausalSession:
             buffer.binding.bind_cpu_input(name, np.ascontiguousarray(arrays[name], np.int64))
         try:
             self._session.run_with_iobinding(buffer.binding)
-        except (*ORT_ERRORS, RuntimeError) as error:
+        except _RUN_ERRORS as error:
             raise UserError(
                 str(self._path),
                 f"ONNX Runtime cannot run it ({first_line(error)})",
                 "check that the tokens come from this model's tokenizer, and export the model again",
             ) from error
         buffer.filled = total
-        logits = float32_from_ort_value(buffer.binding.get_outputs()[self._logits])
-        return logits, InPlaceCache(total, buffer)
+        return float32_from_ort_value(buffer.logits), InPlaceCache(total, buffer)

@@ -28,6 +28,7 @@ namespace fptq::cpu {
 // cache of 48 KiB.
 inline constexpr int kChunkK = 512;
 inline constexpr int kChunkRows = 128;
+inline constexpr int kPrefetchBytes = 4096;  // how far ahead of the codes of a single row memory is asked for
 inline constexpr float kMaxActivation = 127.0f;
 inline constexpr float kMinActivation = -128.0f;
 inline constexpr float kPerTokenEps = 1e-6f;  // fptq_export.numerics.PER_TOKEN_EPS
@@ -133,6 +134,10 @@ template <class V, class Codes, int CHAINS, int ROWS, int kVectors>
 FPTQ_INLINE void dot_steps(typename V::Partial (&sums)[CHAINS][ROWS][kVectors], const int8_t* x,
                            size_t x_stride, const uint8_t* w, int k, int k_end) {
   for (; k < k_end; k += kStepK, w += Codes::kBytes) {
+    if constexpr (ROWS == 1) {
+      // Nothing else hides the way from memory: every code is read once.
+      for (int i = 0; i < 4 * V::kLanes * kVectors; i += kCacheLine) __builtin_prefetch(w + kPrefetchBytes + i);
+    }
     typename V::Bytes low[kVectors], high[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {

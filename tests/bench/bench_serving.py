@@ -5,7 +5,8 @@
 A bench, not a test: no assertion about a time. All contenders get the same prompt, write the same number of tokens,
 greedily and one text at a time, on the same number of threads; they take turns in one process, in an order that is
 turned round every time, so that other work on the machine slows them alike. Medians count. Peak memory is that of a
-process that does nothing but open one contender and write one text.
+process that does nothing but open one contender and write one text. On a machine that is busy with other work,
+`--clock cpu --threads 1` takes the CPU time of the process for the time: with one thread nothing waits for another.
 
 Ours is a run directory in `fptq_export.runtime.Session`, with the CPU kernels and in stock operators; further runs, say
 one with `--exclude ''`, whose head is W4A8 too, are further rows. transformers generates in FP32 from the run's
@@ -24,8 +25,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,7 @@ from fptq_export.cpu.extension import BUILD_COMMAND
 from fptq_export.files import atomic_path
 from tests.bench.serving_contenders import (
     GENAI_MISSING,
+    Clock,
     Contender,
     Written,
     build_genai,
@@ -49,8 +53,7 @@ from tests.bench.serving_contenders import (
 
 TARGET = 0.9
 """Least ratio to the better peer."""
-_TEXT = "pydoc_data.topics"
-"""English in every CPython; its class topic is the prompt."""
+_CLOCKS: Mapping[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,15 @@ class Spec:
     open: Callable[[], Contender]
 
 
-def specs(runs: Sequence[Path], peers: Mapping[str, Path], checkpoint: Path, threads: int) -> list[Spec]:
+def specs(runs: Sequence[Path], peers: Mapping[str, Path], checkpoint: Path, threads: int, clock: Clock) -> list[Spec]:
     """Ours for each run, transformers, and each model of onnxruntime-genai in `peers`."""
     found = []
     for run in runs:
         if operators_path().is_file():
-            found.append(Spec(f"ours, {run.name}", True, lambda run=run: ours(run, threads, "cpu")))
-        found.append(Spec(f"ours, {run.name}, stock operators", True, lambda run=run: ours(run, threads, "stock")))
-    found.append(Spec("transformers FP32", False, lambda: transformers(checkpoint, threads)))
-    found += [Spec(f"genai {name}", False, lambda path=path: genai(path, threads)) for name, path in peers.items()]
+            found.append(Spec(f"ours, {run.name}", True, partial(ours, run, threads, "cpu", clock)))
+        found.append(Spec(f"ours, {run.name}, stock operators", True, partial(ours, run, threads, "stock", clock)))
+    found.append(Spec("transformers FP32", False, partial(transformers, checkpoint, threads, clock)))
+    found += [Spec(f"genai {name}", False, partial(genai, path, threads, clock)) for name, path in peers.items()]
     return found
 
 
@@ -102,9 +105,7 @@ def measure(
     return written
 
 
-def rows(
-    found: Sequence[Spec], written: Mapping[str, Sequence[Written]], peaks: Mapping[str, int | None]
-) -> list[Row]:
+def rows(found: Sequence[Spec], written: Mapping[str, Sequence[Written]], peaks: Mapping[str, int | None]) -> list[Row]:
     """Medians."""
     return [
         Row(
@@ -142,6 +143,7 @@ def prompt_tokens(run: Path, count: int) -> NDArray[np.int64]:
         SystemExit: The text has fewer.
     """
     import pydoc_data.topics
+
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(run / "tokenizer.json")).encode(pydoc_data.topics.topics["class"]).ids
@@ -183,6 +185,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to write")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--clock", choices=list(_CLOCKS), default="wall")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--only", metavar="NAME", help=argparse.SUPPRESS)
@@ -197,21 +200,22 @@ def main(words: Sequence[str] | None = None) -> None:
     prompt = prompt_tokens(arguments.runs[0], arguments.prompt)
     with tempfile.TemporaryDirectory() as work:
         peers = _peers(arguments, Path(work))
-        found = specs(arguments.runs, peers, arguments.checkpoint, arguments.threads)
+        found = specs(arguments.runs, peers, arguments.checkpoint, arguments.threads, _CLOCKS[arguments.clock])
         if arguments.only:
             next(spec for spec in found if spec.name == arguments.only).open()(prompt, arguments.new)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # Linux counts KiB
+            sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}\n")  # Linux counts KiB
             return
         if not operators_path().is_file():
             Console(stderr=True).print(f"without the CPU kernels: {BUILD_COMMAND} compiles them", highlight=False)
         peaks = {} if arguments.no_memory else {spec.name: _peak_of(spec.name, arguments, peers) for spec in found}
         written = measure({spec.name: spec.open() for spec in found}, prompt, arguments.new, arguments.repeats)
     result = rows(found, written, peaks)
-    title = f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {arguments.prompt} tokens"
+    machine = platform.processor() or platform.machine()
+    title = f"{machine}, {arguments.threads} threads, {arguments.clock} time, {arguments.prompt} tokens"
     Console().print(table(result, f"{title} + {arguments.new}, {arguments.repeats} times; target {TARGET}"))
     if arguments.json:
-        with atomic_path(arguments.json) as partial:
-            partial.write_text(json.dumps([asdict(row) for row in result], indent=2))
+        with atomic_path(arguments.json) as unfinished:
+            unfinished.write_text(json.dumps([asdict(row) for row in result], indent=2))
 
 
 if __name__ == "__main__":

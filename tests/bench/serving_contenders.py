@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,20 @@ from numpy.typing import NDArray
 from fptq_export.runtime import Sampling, Session
 from fptq_export.runtime.cpu_session import Kernels
 
-__all__ = ["GENAI_MISSING", "Contender", "Written", "build_genai", "genai", "has_genai", "ours", "transformers"]
+__all__ = [
+    "GENAI_MISSING",
+    "Clock",
+    "Contender",
+    "Written",
+    "build_genai",
+    "genai",
+    "has_genai",
+    "ours",
+    "transformers",
+]
 
+Clock = Callable[[], float]
+"""Seconds since some moment: of the day, or of the CPU that this process had."""
 GENAI_MISSING = "onnxruntime-genai is not installed (pip install onnxruntime-genai)"
 
 
@@ -44,23 +55,21 @@ Contender = Callable[[NDArray[np.int64], int], Written]
 """Prompt tokens [S], how many new ones -> text; greedy, and never ended early."""
 
 
-def ours(run: Path, threads: int, kernels: Kernels) -> Contender:
+def ours(run: Path, threads: int, kernels: Kernels, clock: Clock) -> Contender:
     """A run in `Session`."""
     session = Session.open(run, backend="onnxruntime", threads=threads, kernels=kernels)
 
     def write(prompt: NDArray[np.int64], new: int) -> Written:
-        start = time.perf_counter()
+        start = clock()
         sampling = Sampling(max_tokens=new, ignore_eos=True)
-        pieces = [
-            (piece.token_id, time.perf_counter() - start) for piece in session.stream(prompt.tolist(), sampling)
-        ]
+        pieces = [(piece.token_id, clock() - start) for piece in session.stream(prompt.tolist(), sampling)]
         tokens, seconds = zip(*pieces, strict=True)
         return Written(tokens, seconds)
 
     return write
 
 
-def transformers(checkpoint: Path, threads: int) -> Contender:
+def transformers(checkpoint: Path, threads: int, clock: Clock) -> Contender:
     """`model.generate` of transformers in FP32, with PyTorch's fused attention."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -69,21 +78,21 @@ def transformers(checkpoint: Path, threads: int) -> Contender:
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
 
-    class Clock(BaseStreamer):
+    class Stopwatch(BaseStreamer):
         """Notes when tokens come; the first call brings the prompt."""
 
         def __init__(self) -> None:
-            self.start = time.perf_counter()
+            self.start = clock()
             self.seconds: list[float] = []
 
         def put(self, value: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
+            self.seconds.append(clock() - self.start)
 
         def end(self) -> None:
             """Nothing is left."""
 
     def write(prompt: NDArray[np.int64], new: int) -> Written:
-        clock = Clock()
+        stopwatch = Stopwatch()
         ids = torch.from_numpy(prompt[None])
         with torch.inference_mode():
             written = model.generate(
@@ -93,9 +102,9 @@ def transformers(checkpoint: Path, threads: int) -> Contender:
                 max_new_tokens=new,
                 min_new_tokens=new,
                 pad_token_id=0,
-                streamer=clock,
+                streamer=stopwatch,
             )
-        return Written(tuple(written[0, len(prompt) :].tolist()), tuple(clock.seconds[1:]))
+        return Written(tuple(written[0, len(prompt) :].tolist()), tuple(stopwatch.seconds[1:]))
 
     return write
 
@@ -119,16 +128,16 @@ def build_genai(checkpoint: Path, output: Path, precision: str, extra: tuple[str
     return output
 
 
-def genai(directory: Path, threads: int) -> Contender:
+def genai(directory: Path, threads: int, clock: Clock) -> Contender:
     """A model of onnxruntime-genai."""
-    import onnxruntime_genai
+    import onnxruntime_genai  # type: ignore[import-not-found,unused-ignore]  # an optional peer
 
     config = onnxruntime_genai.Config(str(directory))
     config.overlay(f'{{"model":{{"decoder":{{"session_options":{{"intra_op_num_threads":{threads}}}}}}}}}')
     model = onnxruntime_genai.Model(config)
 
     def write(prompt: NDArray[np.int64], new: int) -> Written:
-        start = time.perf_counter()
+        start = clock()
         length = len(prompt) + new
         parameters = onnxruntime_genai.GeneratorParams(model)
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
@@ -138,7 +147,7 @@ def genai(directory: Path, threads: int) -> Contender:
         for _ in range(new):
             generator.generate_next_token()
             tokens.append(int(generator.get_next_tokens()[0]))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         return Written(tuple(tokens), tuple(seconds))
 
     return write

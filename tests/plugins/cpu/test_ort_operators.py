@@ -51,7 +51,7 @@ def session_of(
 
 def w4a8_node(x_scale: float | None, weights: list[str], group_size: int) -> tuple[onnx.NodeProto, Initializers]:
     """A node that multiplies with these weights, and its activation scale."""
-    scale = {} if x_scale is None else {"x_scale": numpy_helper.from_array(np.float32(x_scale), "x_scale")}
+    scale = {} if x_scale is None else {"x_scale": numpy_helper.from_array(np.array(x_scale, np.float32), "x_scale")}
     inputs = ["x", *scale, *(f"{name}_{part}" for name in weights for part in ("codes", "scales"))]
     op_type = W4A8_PER_TOKEN if x_scale is None else W4A8_STATIC
     outputs = [f"{name}_y" for name in weights]
@@ -61,7 +61,7 @@ def w4a8_node(x_scale: float | None, weights: list[str], group_size: int) -> tup
 @pytest.mark.parametrize("x_scale", [None, X_SCALE])
 @pytest.mark.parametrize("shape", [(1, 33, 576, 64), (5, 64, 128, 128), (40, 70, 96, 96), (3, 31, 64, 16)], ids=str)
 def test_every_weight_gets_the_bits_of_the_kernel(shape: tuple[int, int, int, int], x_scale: float | None) -> None:
-    """One node with three weights of other widths: each output is that of the kernel alone, on one thread and on two."""
+    """A node with three weights of other widths: each output is that of the kernel alone, on one thread and two."""
     tokens, out, channels, group_size = shape
     cases = {name: make_case(tokens, width, channels, group_size) for name, width in (("a", out), ("b", 8), ("c", 65))}
     x = cases["a"].x
@@ -99,7 +99,7 @@ def half_linear(weight: NDArray[np.float16], x: NDArray[np.float32], threads: in
 
 @pytest.mark.parametrize(("tokens", "out", "channels"), [(1, 33, 576), (6, 70, 100), (2, 5, 3)])
 def test_head_is_within_the_roundings_of_fp32(tokens: int, out: int, channels: int) -> None:
-    """A sum of k products in any order is off by at most k u / (1 - k u) of the sum of magnitudes (Higham, lemma 3.1)."""
+    """A sum of k products in any order is off by up to k u / (1 - k u) of its magnitudes (Higham, lemma 3.1)."""
     rng = np.random.default_rng(channels)
     x = rng.standard_normal((tokens, channels)).astype(np.float32)
     weight = rng.standard_normal((out, channels)).astype(np.float16)
