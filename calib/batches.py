@@ -120,6 +120,9 @@ class TokenBatches:
     """Where they come from, for people."""
     sha256: str
     """Of shape and ids, little-endian: tells two runs apart."""
+    features: NDArray[np.float32] | None = None
+    """[size, mel bins, frames], what an encoder of speech reads; its `tokens` are no ids then, but a place for each of
+    its positions."""
 
     @property
     def count(self) -> int:
@@ -336,11 +339,8 @@ def _read_input_ids(path: Path) -> NDArray[Any]:
 def _check_ids(windows: NDArray[np.int64], vocab_size: int, where: str) -> None:
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocab_size:
-        raise UserError(
-            where,
-            f"token ids run from {low} to {high}, but the model's vocabulary has {vocab_size}",
-            "use the tokenizer that belongs to the model",
-        )
+        cause = f"token ids run from {low} to {high}, but the model's vocabulary has {vocab_size}"
+        raise UserError(where, cause, "use the tokenizer that belongs to the model")
 
 
 def _sha256(tokens: NDArray[np.int64]) -> str:

@@ -1,13 +1,14 @@
 """A half of a model as a model of token windows, for calibration; and how a window is split for a decoder.
 
 The encoder reads rows of tokens as any encoder does. The decoder is taught on text: the first half of a window is what
-the encoder reads, and the second half is what the decoder continues it with (teacher forcing).
+the encoder reads, and the second half is what the decoder continues it with (teacher forcing). An encoder of speech
+reads features, and the decoder behind it the whole window, which is the text in them.
 The language half of a vision-language model reads the embeddings of a window's tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from calib.load import Checkpoint, model_from_checkpoint, skeleton_from_checkpoint
 from fptq_export.halves import cut_to_decoder, cut_to_encoder, encoder_path, paths_of_half
 from fptq_export.language_half import cut_to_language_half, is_outside, modules_outside
-from fptq_export.tasks import SEQ2SEQ_ENCODER, VLM_DECODER, is_half
+from fptq_export.tasks import SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, VLM_DECODER, Half, is_half, reads_features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -75,7 +76,8 @@ def calibrated_model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype)
         cut_to_language_half(model)
     if is_half(checkpoint.task):
         half: Any = model
-        half.forward = _encoder_forward(model) if checkpoint.task == SEQ2SEQ_ENCODER else _decoder_forward(model)
+        of_task = _SPEECH_FORWARDS if reads_features(checkpoint.config) else _TEXT_FORWARDS
+        half.forward = of_task[checkpoint.task](model)
         half.base_model_prefix = ""  # no part of it runs alone
     return model
 
@@ -101,3 +103,35 @@ def _decoder_forward(model: PreTrainedModel) -> Any:
         )
 
     return forward
+
+
+def _speech_encoder_forward(model: PreTrainedModel) -> Any:
+    encoder = cut_to_encoder(model)
+
+    def forward(input_ids: torch.Tensor, input_features: torch.Tensor, *, use_cache: bool = False) -> Any:
+        del input_ids, use_cache  # the places of its positions, and it has no cache
+        return encoder(input_features)
+
+    return forward
+
+
+def _speech_decoder_forward(model: PreTrainedModel) -> Any:
+    encoder, decode = cut_to_decoder(model), model.forward
+
+    def forward(input_ids: torch.Tensor, input_features: torch.Tensor, *, use_cache: bool = False) -> Any:
+        hidden = encoder.to(torch.float32)(input_features).last_hidden_state
+        return decode(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), decoder_input_ids=input_ids, use_cache=use_cache
+        )
+
+    return forward
+
+
+_TEXT_FORWARDS: Mapping[Half, Callable[[PreTrainedModel], Any]] = {
+    SEQ2SEQ_ENCODER: _encoder_forward,
+    SEQ2SEQ_DECODER: _decoder_forward,
+}
+_SPEECH_FORWARDS: Mapping[Half, Callable[[PreTrainedModel], Any]] = {
+    SEQ2SEQ_ENCODER: _speech_encoder_forward,
+    SEQ2SEQ_DECODER: _speech_decoder_forward,
+}

@@ -216,7 +216,7 @@ def skeleton_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel:
 
 def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     with _build_errors_as_user_errors(checkpoint), quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = auto_class(checkpoint.task).from_config(
+        model: PreTrainedModel = auto_class(checkpoint.config, checkpoint.task).from_config(
             checkpoint.config,
             trust_remote_code=checkpoint.trust_remote_code,
             **build_options(checkpoint.config, checkpoint.task),
@@ -246,7 +246,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrai
 def _unstacked_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Built and filled here, because transformers would stack the experts, which copies them all."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto_class(checkpoint.task).from_config(
+        model: PreTrainedModel = auto_class(checkpoint.config, checkpoint.task).from_config(
             checkpoint.config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
         )
     unstack_experts(model, static=False)
@@ -323,7 +323,7 @@ def _disagreement_of_linears(checkpoint: Checkpoint) -> Disagreement:
 
 
 def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> Any:
-    return auto_class(checkpoint.task).from_pretrained(
+    return auto_class(checkpoint.config, checkpoint.task).from_pretrained(
         checkpoint.directory,
         local_files_only=True,
         use_safetensors=True,

@@ -46,8 +46,8 @@ MODEL_ERRORS = (
 _NAMES: Mapping[Task, str] = {
     CAUSAL_LM: "causal language model",
     ENCODER: "encoder",
-    SEQ2SEQ_ENCODER: "encoder-decoder from text to text",
-    SEQ2SEQ_DECODER: "encoder-decoder from text to text",
+    SEQ2SEQ_ENCODER: "encoder-decoder from text or mel features to text",
+    SEQ2SEQ_DECODER: "encoder-decoder from text or mel features to text",
     VLM_DECODER: "model from images and text to text",
 }
 
@@ -110,8 +110,8 @@ def task_of_model(config: PreTrainedConfig, wanted: Task | None, directory: Path
         if has_halves(config):
             hint = "name one of them: --task seq2seq-encoder or --task seq2seq-decoder"
             raise UserError(where, f"{kind}, which is two graphs and no single one", hint)
-        hint = "give one that does (T5, BART, ...), a language model or an encoder"
-        raise UserError(where, f"{kind} that does not turn text into text, and it is calibrated on text", hint)
+        hint = "give one that does (T5, BART, Whisper, ...), a language model or an encoder"
+        raise UserError(where, f"{kind} that turns neither text nor windows of mel features into text", hint)
     missing = "causal language model and no encoder" if wanted is None else _NAMES[wanted]
     raise UserError(
         where,

@@ -90,14 +90,16 @@ def observe(
         AnotherRankError: Calibration failed on another rank.
     """
     ranks = execution.ranks
-    size = batch_size or auto_batch_size(batches.tokens.shape[1])
+    size = batch_size or auto_batch_size(_width(batches))
     share, size = share_of_rank(len(batches.tokens), size, ranks)
     tokens = torch.from_numpy(batches.tokens[share])
+    features = None if batches.features is None else torch.from_numpy(batches.features[share])
     with ranks.together():
         base = f"{load().base_model_prefix}."
         head = not all(path.startswith(base) for path in linears)
         hidden = execution.hidden_states()
-        stream = BlockStream(load, tokens, size, head=head, device=execution.device, hidden=hidden)
+        where = execution.device
+        stream = BlockStream(load, tokens, size, head=head, device=where, hidden=hidden, features=features)
     inputs = _Inputs(batches, hessians, lambda: stream.real_tokens, {} if histograms else None)
     in_blocks = _linears_by_block(linears, stream)
     with progress.task("calibrate", tokens.numel() * max(stream.count, 1), unit="tokens x blocks") as task:
@@ -115,6 +117,12 @@ def observe(
                 f"layer {missing[0]}", "never ran in calibration", "calibrate on more text, or --exclude it"
             )
     return inputs.stats(linears)
+
+
+def _width(batches: TokenBatches) -> int:
+    """Rows that a window takes where the model is widest: its tokens, or the frames of its features."""
+    width: int = batches.tokens.shape[1] if batches.features is None else batches.features.shape[2]
+    return width
 
 
 def hessians_of_block(

@@ -20,8 +20,8 @@ __all__ = [
     "precision_from_option",
 ]
 
-DEFAULT_EXCLUDE = ("lm_head",)
-"""The head stays float: it is a large part of the accuracy and a small part of the work."""
+DEFAULT_EXCLUDE = ("lm_head", "^proj_out$")
+"""The head stays float: it is a large part of the accuracy and a small part of the work. Whisper calls it otherwise."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-__all__ = ["TorchCausalSession", "TorchDecoderSession", "TorchEncoderSession"]
+__all__ = ["TorchCausalSession", "TorchDecoderSession", "TorchEncoderSession", "TorchFeatureSession"]
 
 
 class TorchCausalSession:
@@ -80,5 +80,25 @@ class TorchEncoderSession:
         """Run texts: int64 [B, S] and a mask of 1 and 0 -> hidden states float32 [B, S, H]."""
         with torch.inference_mode():
             output = self._model(input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(attention_mask))
+        hidden: NDArray[np.float32] = output.last_hidden_state.to(torch.float32).numpy()
+        return hidden
+
+
+class TorchFeatureSession:
+    """Mel features to hidden states; arrays in, arrays out.
+
+    Args:
+        model: The encoder of an encoder-decoder of speech, in eval mode.
+        name: For reports.
+    """
+
+    def __init__(self, model: torch.nn.Module, name: str) -> None:
+        self.name = name
+        self._model: Any = model
+
+    def hidden(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run windows: float32 [B, mel bins, frames] -> hidden states float32 [B, S, H]."""
+        with torch.inference_mode():
+            output = self._model(torch.from_numpy(features))
         hidden: NDArray[np.float32] = output.last_hidden_state.to(torch.float32).numpy()
         return hidden

@@ -62,6 +62,7 @@ class BlockStream:
         head: Whether `run_rest` runs the head too.
         device: Where blocks run.
         hidden: Keeps the hidden states; in memory if not given.
+        features: What an encoder of speech reads, [windows, mel bins, frames].
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class BlockStream:
         head: bool,
         device: torch.device = CPU,
         hidden: HiddenStates | None = None,
+        features: torch.Tensor | None = None,
     ) -> None:
         self._load = load
         self._head = head
         self._device = device
         self._batches = tokens.split(batch_size)
+        self._features = None if features is None else features.split(batch_size)
         model = load()
         self.path = blocks_path(model)
         self.count = 0 if self.path is None else len(_blocks(model, self.path))
@@ -150,9 +153,9 @@ class BlockStream:
             outputs = map(self._hidden.read, range(len(self._hidden)))  # one for each batch, in the order they run
             blocks[-1].forward = lambda *_args, **_kwargs: self._as_output(next(outputs))
         prepare(model)
-        for batch, tokens in enumerate(self._batches):
+        for batch in range(len(self._batches)):
             self._running = batch
-            _run_body(body, tokens)
+            self._run_body(body, batch)
 
     def _record(self, model: PreTrainedModel) -> None:
         """Run the tokens through blocks that hand on their input, and keep what each is called with."""
@@ -160,11 +163,19 @@ class BlockStream:
         for index, block in enumerate(_blocks(model, self.path)):
             block.forward = self._recorder(index)
         self._first = self.load_block(0)
-        for tokens in self._batches:
-            _run_body(body, tokens)
+        for batch in range(len(self._batches)):
+            self._run_body(body, batch)
             if self._first is not None and not self._reads_beside():
                 self._first, self._beside = None, self._beside and (None,) * len(self._beside)
         self._first = None
+
+    def _run_body(self, body: nn.Module, batch: int) -> None:
+        inputs = model_inputs(self._batches[batch], getattr(body, "config", None))
+        if self._features is not None:
+            inputs["input_features"] = self._features[batch]
+        # Not inference mode: blocks that are trained keep what this records for their backward pass.
+        with torch.no_grad():
+            body(**inputs, use_cache=False)
 
     def _reads_beside(self) -> bool:
         """Whether a block is called with what the first one returned behind the hidden states."""
@@ -203,12 +214,6 @@ def _run(block: nn.Module, hidden: torch.Tensor, call: _Call, device: torch.devi
 
         hidden, call = hidden.to(device), _Call(*send_to_device((call.args, call.kwargs), device))
     return block(hidden, *call.args, **call.kwargs)
-
-
-def _run_body(body: nn.Module, tokens: torch.Tensor) -> None:
-    # Not inference mode: blocks that are trained keep what this records for their backward pass.
-    with torch.no_grad():
-        body(**model_inputs(tokens, getattr(body, "config", None)), use_cache=False)
 
 
 def _hidden_from_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:

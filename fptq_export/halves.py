@@ -7,6 +7,7 @@ as the checkpoint does. Cutting works on modules of any size: nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import TYPE_CHECKING
 
 from fptq_export.errors import UserError
@@ -14,9 +15,9 @@ from fptq_export.tasks import SEQ2SEQ_ENCODER, Half
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["cut_to_decoder", "cut_to_encoder", "encoder_path", "paths_of_half"]
+__all__ = ["cut_to_decoder", "cut_to_encoder", "encoder_path", "feature_shape", "paths_of_half"]
 
 
 def encoder_path(model: PreTrainedModel) -> str:
@@ -41,6 +42,19 @@ def paths_of_half(paths: Iterable[str], encoder: str, half: Half) -> list[str]:
         half: Which half; whatever lies outside the encoder is the decoder's.
     """
     return [path for path in paths if f"{path}.".startswith(f"{encoder}.") == (half == SEQ2SEQ_ENCODER)]
+
+
+def feature_shape(encoder: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
+    """Size of a window of features, (mel bins, frames), which the model's code fixes: one for each of its positions.
+
+    Args:
+        encoder: That of a model that `reads_features`; its convolutions have strides, so it has fewer positions.
+        config: Of the model.
+    """
+    from torch.nn import Conv1d
+
+    strides = prod(module.stride[0] for module in encoder.modules() if isinstance(module, Conv1d))
+    return config.num_mel_bins, config.max_source_positions * strides
 
 
 def cut_to_encoder(model: PreTrainedModel) -> nn.Module:

@@ -75,16 +75,17 @@ class RunOptions(BaseModel):
     """Quantize weights block by block, with the inputs that the quantized blocks before give."""
     reconstruct_blocks: NonNegativeInt = 0
     """Steps of learned rounding against the output of each block, `sequential` included; 0 for none."""
-    exclude: tuple[str, ...] = ("lm_head",)
-    """Regular expressions of torch paths that keep the float precision."""
+    exclude: tuple[str, ...] = ("lm_head", "^proj_out$")
+    """Regular expressions of torch paths that keep the float precision; by default the head, as it is called."""
     precision: tuple[str, ...] = ()
     """`REGEX=NAME` with `w4a8`, `w4a16`, `w8a8` or `float`; later ones win, also over `exclude`."""
     calib_dataset: str = "builtin"
     """`builtin`, `random`, a .txt, .jsonl, .fasta or .npz file, or a datasets id."""
     calib_data: Path | None = None
-    """Inputs an ONNX graph is calibrated on: a .npz or .npy file, or a directory of them, one file a batch."""
+    """Inputs an ONNX graph is calibrated on: a .npz or .npy file, or a directory of them, one file a batch. For
+    speech: a .npz file of windows of features, and of the texts in them for the decoder."""
     calib_size: PositiveInt = 64
-    """Samples of `calib_seq` tokens."""
+    """Samples of `calib_seq` tokens; of features, the first so many windows."""
     calib_seq: PositiveInt = 512
     batch_size: NonNegativeInt = 0
     """Samples in one forward pass of calibration, and in one step of `reconstruct_blocks`; 0 picks one. For an ONNX
@@ -104,7 +105,7 @@ class RunOptions(BaseModel):
     eval_sentences: PositiveInt = 200
     """Texts an encoder is compared on."""
     eval_data: Path | None = None
-    """Inputs an ONNX graph is compared on, as `calib_data`; None takes those."""
+    """Inputs an ONNX graph or a model of speech is compared on, as `calib_data`; None takes those."""
     min_cosine: float | None = Field(default=None, gt=0.0, le=1.0)
     """Smallest mean cosine of an encoder's text embeddings, or of an output of an ONNX graph; below it nothing is
     published."""

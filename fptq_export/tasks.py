@@ -1,8 +1,8 @@
 """What a model is exported as: a causal language model with a cache, or an encoder that gives hidden states.
 
-An encoder-decoder is exported as its two halves, a graph each: an encoder, and a decoder that reads what the encoder
-gives. A vision-language model is exported as its language half, a decoder that reads embeddings. Which of these a
-checkpoint is follows from its config and from transformers' own mappings; there is no list of families here.
+An encoder-decoder is exported as its two halves, a graph each: an encoder of text or speech, and a decoder that reads
+what the encoder gives. A vision-language model is exported as its language half, a decoder that reads embeddings. Which
+of these a checkpoint is follows from its config and from transformers' own mappings; there is no list of families here.
 transformers is imported by the functions, not by the module.
 """
 
@@ -30,6 +30,7 @@ __all__ = [
     "gives_hidden_states",
     "has_halves",
     "is_half",
+    "reads_features",
     "task_from_config",
 ]
 
@@ -99,11 +100,23 @@ def task_from_config(
 
 
 def has_halves(config: PreTrainedConfig) -> bool:
-    """Whether a model is an encoder-decoder from text to text: T5 or BART, but not the decoder of BART alone."""
+    """Whether a model is an encoder-decoder from text or features (T5, BART, Whisper), and no decoder of one alone."""
     from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-    known = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    known = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or reads_features(config)
     return known and bool(config.is_encoder_decoder) and not _names_causal_class(config)
+
+
+def reads_features(config: PreTrainedConfig) -> bool:
+    """Whether an encoder-decoder turns speech into text, from windows of a fixed number of mel frames, as Whisper does.
+
+    Models that take frames of any number behind a mask, or raw waves, are no such ones.
+    """
+    from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+
+    model_class: Any = MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING.get(type(config), None)
+    fixed = all(hasattr(config, name) for name in ("num_mel_bins", "max_source_positions", "max_target_positions"))
+    return fixed and getattr(model_class, "main_input_name", None) == "input_features"
 
 
 def is_half(task: str | None) -> TypeGuard[Half]:
@@ -116,12 +129,18 @@ def gives_hidden_states(task: Task) -> bool:
     return task in (ENCODER, SEQ2SEQ_ENCODER)
 
 
-def auto_class(task: Task) -> Any:
+def auto_class(config: PreTrainedConfig, task: Task) -> Any:
     """The class of transformers that builds and loads models of a task; of a half, the whole model."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
 
     if is_half(task):
-        return AutoModelForSeq2SeqLM
+        return AutoModelForSpeechSeq2Seq if reads_features(config) else AutoModelForSeq2SeqLM
     if task == VLM_DECODER:
         return AutoModelForImageTextToText
     return AutoModel if task == ENCODER else AutoModelForCausalLM

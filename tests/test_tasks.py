@@ -57,7 +57,8 @@ def test_a_config_says_what_its_model_is(case: str) -> None:
         ("T5Config", SEQ2SEQ_ENCODER, SEQ2SEQ_ENCODER),
         ("T5Config", SEQ2SEQ_DECODER, SEQ2SEQ_DECODER),
         ("LlamaConfig", SEQ2SEQ_DECODER, None),
-        ("WhisperConfig", SEQ2SEQ_DECODER, None),
+        ("WhisperConfig", SEQ2SEQ_DECODER, SEQ2SEQ_DECODER),
+        ("Speech2TextConfig", SEQ2SEQ_DECODER, None),
         ("LlavaConfig", VLM_DECODER, VLM_DECODER),
         ("LlavaConfig", CAUSAL_LM, None),
         ("LlamaConfig", VLM_DECODER, None),
@@ -90,9 +91,15 @@ def test_only_models_that_have_a_pooler_are_built_without_it(name: str, task: Ta
         ("BartConfig", {"architectures": ["BartForCausalLM"]}, False),
         ("T5Config", {"is_encoder_decoder": False}, False),
         ("LlamaConfig", {}, False),
-        ("WhisperConfig", {}, False),
+        ("WhisperConfig", {}, True),
+        ("WhisperConfig", {"architectures": ["WhisperForCausalLM"]}, False),
+        ("Speech2TextConfig", {}, False),
+        ("SpeechT5Config", {}, False),
+        ("MoonshineConfig", {}, False),
     ],
 )
-def test_an_encoder_decoder_of_text_has_two_halves(name: str, arguments: dict[str, Any], expected: bool) -> None:
-    """The decoder of one alone, or one that hears, has not."""
+def test_an_encoder_decoder_of_text_or_features_has_two_halves(
+    name: str, arguments: dict[str, Any], expected: bool
+) -> None:
+    """The decoder of one alone has not, nor one that reads waves, or frames of any number."""
     assert has_halves(getattr(transformers, name)(**arguments)) is expected

@@ -36,6 +36,7 @@ from fptq_export.pipeline.environment import environment
 from fptq_export.pipeline.models import RunModels
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.speech import hears
 from fptq_export.policy import LayerPolicy, Policy, PolicyArrays, arrays_path, read_policy
 from fptq_export.progress import Progress, Task
 from fptq_export.sites import read_sites
@@ -127,6 +128,9 @@ def _opened_run(options: StatsOptions, manifest: Manifest, progress: Progress) -
         raise UserError(options.source, cause, "give the run of a Hugging Face model")
     policy = read_policy(directory.policy)
     checkpoint = RunModels(ran, directory, progress).quantized
+    if hears(checkpoint.config):
+        cause = "is the run of a model that reads mel features, and this runs text through it"
+        raise UserError(options.source, cause, "fptq-export verify DIR compares it with the FP32 model")
     measured = tuple(path for path, layer in policy.layers.items() if layer.input_absmax is not None)
     return _Opened(checkpoint, ran, measured, policy, directory)
 

@@ -11,15 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fptq_export.build.deserialize import deserialized_engine, logger_into
 from fptq_export.build.targets import Target
 from fptq_export.build.tensorrt import tensorrt_for_target
-from fptq_export.build.worker import load_plugins
 from fptq_export.errors import UserError
 
 __all__ = ["main"]
-
-_ERROR = 1
-"""Of TensorRT's severities 0 to 4, the last that is an error."""
 
 
 def main(words: list[str]) -> int:
@@ -40,20 +37,9 @@ def main(words: list[str]) -> int:
 
 
 def _open(trt: Any, engine_path: Path, plugin: Path | None, outcome: dict[str, Any]) -> None:
-    errors: list[str] = outcome["errors"]
-
-    class Collector(trt.ILogger):  # type: ignore[misc] # the library has no types
-        """Keeps what is an error."""
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= _ERROR:
-                errors.append(message)
-
-    logger = Collector()
+    logger = logger_into(trt, outcome["errors"])
     runtime = trt.Runtime(logger)
-    if plugin is not None:
-        load_plugins(trt, plugin)
-    engine = runtime.deserialize_cuda_engine(engine_path.read_bytes())
+    engine = deserialized_engine(trt, runtime, engine_path, plugin)
     if engine is None:
         return
     outcome["opened"] = True

@@ -16,13 +16,14 @@ from typing import Any, BinaryIO
 import psutil
 
 from fptq_export.build.builder_log import text_from_message
+from fptq_export.build.deserialize import load_plugins
 from fptq_export.build.phases import PhaseProgress
 from fptq_export.build.protocol import Built, Failed, Job, Progressed, job_from_line, line_from_event
 from fptq_export.build.tensorrt import tensorrt_for_target
 from fptq_export.errors import UserError
 from fptq_export.files import user_error_from_os_error
 
-__all__ = ["configured", "load_plugins", "main"]
+__all__ = ["configured", "main"]
 
 _REPORT_SECONDS = 0.1
 """Least time between two progress events, so that thousands of steps do not flood the pipe."""
@@ -85,19 +86,6 @@ def _build(job: Job, events: BinaryIO) -> Built:
     with job.engine_path.open("wb") as file:
         file.write(memoryview(engine))
     return Built(job.engine_path.stat().st_size, str(trt.__version__), _peak_memory_bytes())
-
-
-def load_plugins(trt: Any, library: Path) -> None:
-    """Have TensorRT load a plugin library. Raises UserError when it brings no plugin.
-
-    The handle says nothing (TensorRT for RTX 1.7.1 returns an empty one on success), so the creators are counted.
-    """
-    registry = trt.get_plugin_registry()
-    before = len(registry.all_creators)
-    registry.load_library(str(library))
-    if len(registry.all_creators) == before:
-        cause = f"{trt.__name__} {trt.__version__} cannot load this plugin library"
-        raise UserError(str(library), cause, "build it again: python -m fptq_export.plugin build")
 
 
 def configured(trt: Any, builder: Any, job: Job) -> Any:

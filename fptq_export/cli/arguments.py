@@ -16,6 +16,7 @@ from fptq_export.cli.inspect_arguments import INSPECT
 from fptq_export.cli.monitor_arguments import MONITOR
 from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
+from fptq_export.cli.serve_arguments import SERVE
 from fptq_export.cli.stats_arguments import STATS
 from fptq_export.cli.triton_arguments import TRITON
 from fptq_export.cli.validated import validated
@@ -37,7 +38,7 @@ VERB_HELP = {
     "build": "model.w4a8.onnx -> engine, with its layers checked against the policy",
 }
 """The verbs of the road."""
-TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, STATS, REPORT, INSPECT, DOCTOR, MONITOR, TRITON)}
+TOOLS = {tool.verb: tool for tool in (EVAL, DIFF, DEBUG, STATS, REPORT, INSPECT, DOCTOR, MONITOR, SERVE, TRITON)}
 """The verbs beside the road."""
 
 _EXAMPLES = """\

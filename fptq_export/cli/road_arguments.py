@@ -82,7 +82,10 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
         help="builtin, random, a .txt, .jsonl, .fasta or .npz file, or a datasets id [builtin]",
     )
     group.add_argument(
-        "--calib-data", metavar="DATA", help="ONNX models: .npz with an array an input, or a directory of them"
+        "--calib-data",
+        metavar="DATA",
+        help="ONNX models: .npz with an array an input, or a directory of them; speech: .npz with input_features and"
+        " decoder_input_ids",
     )
     group.add_argument("--calib-size", type=int, metavar="N", help="samples [64]")
     group.add_argument("--calib-seq", type=int, metavar="TOKENS", help="tokens in a sample [512]")
@@ -127,7 +130,7 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--percentile", type=float, metavar="P", help="of the values that percentile covers [99.99]")
     group.add_argument(
-        "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [lm_head]"
+        "--exclude", nargs="+", metavar="REGEX", help="layers that keep the float type; '' for none [the head]"
     )
     group.add_argument(
         "--precision",
@@ -177,7 +180,7 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decode-steps", type=int, metavar="N", help="greedy steps with the cache carried [16]")
     group.add_argument("--eval-text", metavar="DATA", help="encoders: texts that are compared [builtin]")
     group.add_argument("--eval-sentences", type=int, metavar="N", help="encoders: how many of them [200]")
-    group.add_argument("--eval-data", metavar="DATA", help="ONNX models: inputs that are compared on [--calib-data]")
+    group.add_argument("--eval-data", metavar="DATA", help="as --calib-data: what is compared on [--calib-data]")
     group.add_argument(
         "--min-cosine",
         type=float,

@@ -17,7 +17,6 @@ from calib.checks import check_checkpoint
 from calib.documents import needs_tokenizer
 from calib.load import tokenizer_from_checkpoint
 from fptq_export import __version__
-from fptq_export.diff.engine_session import engine_problem, opened_engine
 from fptq_export.diff.options import CANDIDATES, Candidate, DiffOptions
 from fptq_export.diff.record import Comparison, Course, StoredLogits, compared_with, course_from_windows, stored_logits
 from fptq_export.diff.report import CandidateDiff, DiffReport, GreedyFigures, PartFigures, RunRecord
@@ -32,6 +31,7 @@ from fptq_export.pipeline.environment import environment
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.progress import Progress
+from fptq_export.runtime.engine_session import engine_problem, opened_engine
 from fptq_export.verify.compare import LogitTotals
 from fptq_export.verify.sessions import CausalSession
 
@@ -140,7 +140,7 @@ def _chosen(
     """The candidates to run, in order, and why others cannot be had. Raises UserError for one that was asked for."""
     problems: dict[Candidate, str] = {}
     for system in CANDIDATES:
-        problem = engine_problem(manifest, engine) if system == "tensorrt" else source.problem(system)
+        problem = _engine_problem(manifest, engine) if system == "tensorrt" else source.problem(system)
         if problem is not None:
             problems[system] = problem
     if options.systems is None:
@@ -152,6 +152,13 @@ def _chosen(
         if system in problems:
             raise UserError(f"--systems {system}", problems[system], "or leave it out")
     return tuple(system for system in CANDIDATES if system in options.systems), {}
+
+
+def _engine_problem(manifest: Manifest, engine: Path | None) -> str | None:
+    """Why an engine cannot be compared, token by token."""
+    if manifest.options.logits == "last":
+        return "its engine gives logits of the last token only; the onnx column is the same model with all of them"
+    return engine_problem(manifest, engine)
 
 
 def _hashes(work: _Work, system: Candidate) -> dict[str, str]:

@@ -35,6 +35,7 @@ from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.check_options import quantizes_block_by_block
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.speech import calibration_windows, hears
 from fptq_export.pipeline.stages import StageRunner
 from fptq_export.pipeline.task_options import check_length
 from fptq_export.policy import Policy, WeightMethod, mean_bits, write_policy
@@ -86,7 +87,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measure the inputs of every linear that will be quantized; Hessians too where there is a path for them."""
     _equalizer(options).check_given(checkpoint.given)
-    check_length("--calib-seq", options.calib_seq, sites)
+    if not hears(checkpoint.config):
+        check_length("--calib-seq", options.calib_seq, sites)
     if quantizes_block_by_block(options):
         check_sequential_given(checkpoint.given)
     batches = _batches(checkpoint, options)
@@ -120,6 +122,8 @@ def calibrate(
 
 
 def _batches(checkpoint: Checkpoint, options: RunOptions) -> TokenBatches:
+    if hears(checkpoint.config):
+        return calibration_windows(checkpoint, options).batches()
     wanted = CalibrationOptions(
         dataset=options.calib_dataset,
         size=options.calib_size,

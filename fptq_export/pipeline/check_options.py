@@ -11,7 +11,7 @@ from fptq_export.build.targets import Target, check_target
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.checkpoint import check_checkpoint_options
-from fptq_export.pipeline.onnx_options import check_onnx_options, check_torch_options, is_onnx_model
+from fptq_export.pipeline.onnx_options import check_onnx_options, is_onnx_model
 from fptq_export.pipeline.plugin import check_signed_scales, plugin_libraries
 from fptq_export.policy import read_policy
 from fptq_export.roofline.measured import read_cost_table
@@ -41,8 +41,6 @@ def check_options(options: RunOptions, target: Target, stages: tuple[str, ...], 
     """
     if is_onnx_model(options):
         check_onnx_options(options, stages, ranks.size)
-    else:
-        check_torch_options(options)
     if options.v0 > options.v1:
         raise UserError("--v0", f"is {options.v0:g}, above --v1 {options.v1:g}", "give v0 <= v1")
     if options.smoothquant_alpha != _PAPER_ALPHA and options.equalizer != "smoothquant":

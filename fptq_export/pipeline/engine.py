@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fptq_export.build.engine import BuildReport, BuildRequest, build_engine, expected_from_request
 from fptq_export.build.engine_facts import EngineFacts, PluginFacts, ranges_from_profiles
@@ -194,19 +194,20 @@ def check_profile(graph: Path, options: RunOptions) -> None:
 
 
 def _profile(graph: Path, sites: Sites, options: RunOptions) -> Profile | None:
-    limits = LlmLimits(options.max_batch_size, _max_input_len(sites, options), options.max_kv_len)
     texts = {"--minShapes": options.min_shapes, "--optShapes": options.opt_shapes, "--maxShapes": options.max_shapes}
     inputs = inputs_from_onnx(graph)
     if options.max_kv_len != RunOptions.model_fields["max_kv_len"].default:
         check_cache([item.name for item in inputs])
+    lengths = (_length(name, sites, options) for name in ("max_input_len", "max_kv_len"))
+    limits = LlmLimits(options.max_batch_size, *lengths)
     explicit = ExplicitShapes(*(shapes_from_option(name, text) if text else {} for name, text in texts.items()))
     return profile_for_inputs(inputs, limits, explicit)
 
 
-def _max_input_len(sites: Sites, options: RunOptions) -> int:
+def _length(name: Literal["max_input_len", "max_kv_len"], sites: Sites, options: RunOptions) -> int:
     """The limit that was asked for; by default no more than the graph takes."""
-    default = RunOptions.model_fields["max_input_len"].default
-    if sites.max_sequence is not None and options.max_input_len == default:
-        return min(options.max_input_len, sites.max_sequence)
-    check_length("--max-input-len", options.max_input_len, sites)
-    return options.max_input_len
+    wanted: int = getattr(options, name)
+    if sites.max_sequence is not None and wanted == RunOptions.model_fields[name].default:
+        return min(wanted, sites.max_sequence)
+    check_length(f"--{name.replace('_', '-')}", wanted, sites)
+    return wanted

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calib.ranks import ALONE, Ranks
 from fptq_export.errors import UserError
 from fptq_export.options import RunOptions
 from fptq_export.pipeline.check_options import replays
+from fptq_export.pipeline.models import RunModels
 from fptq_export.pipeline.road import VERBS
+from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.speech import hears
 from fptq_export.pipeline.task_options import check_task_options, options_for_half
 from fptq_export.progress import Progress
 from fptq_export.tasks import HALF_DIRECTORIES, SEQ2SEQ, Half, has_halves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["runs_from_options"]
 
@@ -48,19 +55,34 @@ def runs_from_options(verb: str, options: RunOptions, progress: Progress, ranks:
     runs = [_run_of_half(options, half, directory, progress) for half, directory in HALF_DIRECTORIES.items()]
     for half, run in reversed(tuple(zip(HALF_DIRECTORIES, runs, strict=True))):  # the decoder takes more options
         check_task_options(run, half)
+    if _hears(options, progress):
+        RunModels(runs[-1], RunDirectory(runs[-1].output), progress).check_data()  # the decoder reads what both do
     return runs
 
 
 def _is_encoder_decoder(options: RunOptions, progress: Progress) -> bool:
     if options.task == SEQ2SEQ:
         return True
-    if options.task != "auto" or Path(options.model).suffix in (".gguf", ".onnx"):
+    if options.task != "auto":
         return False
+    config = _config(options, progress)
+    return config is not None and has_halves(config)
+
+
+def _hears(options: RunOptions, progress: Progress) -> bool:
+    config = _config(options, progress)
+    return config is not None and hears(config)
+
+
+def _config(options: RunOptions, progress: Progress) -> PreTrainedConfig | None:
+    """Config of a Hugging Face model; None for files, which hold no encoder-decoder."""
+    if Path(options.model).suffix in (".gguf", ".onnx"):
+        return None
     from calib.hub import directory_from_model
     from calib.model_config import read_config
 
     directory = directory_from_model(options.model, trust_remote_code=options.trust_remote_code, progress=progress)
-    return has_halves(read_config(directory, options.trust_remote_code, quantized=True))
+    return read_config(directory, options.trust_remote_code, quantized=True)
 
 
 def _run_of_half(options: RunOptions, half: Half, directory: str, progress: Progress) -> RunOptions:

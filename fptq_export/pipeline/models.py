@@ -11,6 +11,7 @@ from fptq_export.options import RunOptions
 from fptq_export.package.manifest import manifest_of_run
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.speech import check_data, check_data_options, data_files
 from fptq_export.pipeline.stages import Stage
 from fptq_export.pipeline.task_options import check_task_options, wanted_task
 from fptq_export.pipeline.tokenizer_files import tokenizer_files
@@ -65,6 +66,7 @@ class RunModels:
             task=wanted_task(self._options),
         )
         check_task_options(self._options, checkpoint.task)
+        check_data_options(self._options, checkpoint.config)
         return checkpoint
 
     @cached_property
@@ -101,8 +103,17 @@ class RunModels:
             check_rotation(self.base)
         if self.adapter is not None:
             check_merge(self.base, self.adapter)
+        self.check_data()
         dtype = _GRAPH_DTYPES[self._options.dtype]
         check_checkpoint(self.base, self._progress, dtype=dtype, needs_tokenizer=needs_tokenizer)
+
+    def check_data(self) -> None:
+        """Refuse features that the given model does not take; a model of text has none.
+
+        Raises:
+            UserErrors: All that is wrong with them.
+        """
+        check_data(self.base, self._options)
 
     @cached_property
     def tokenizer_files(self) -> tuple[Path, ...]:
@@ -115,7 +126,12 @@ class RunModels:
         source = Path(self._options.model)
         if source.suffix == ".gguf" and source.is_file():
             return (source, *adapter)
-        return (*weight_files(self.base), *self.tokenizer_files, *adapter)
+        return (
+            *weight_files(self.base),
+            *self.tokenizer_files,
+            *adapter,
+            *data_files(self._options, "calib_data", "eval_data"),
+        )
 
     def companions(self) -> tuple[Path, ...]:
         """Files beside the weights that a copy of the model needs: tokenizer, and code where it is trusted."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from fptq_export.errors import Problem, UserErrors
 from fptq_export.options import RunOptions
 
-__all__ = ["MEANINGLESS", "check_onnx_options", "check_torch_options", "is_onnx_model"]
+__all__ = ["MEANINGLESS", "check_onnx_options", "is_onnx_model"]
 
 _SUFFIX = ".onnx"
 MEANINGLESS = {
@@ -69,21 +69,6 @@ def check_onnx_options(options: RunOptions, stages: tuple[str, ...], processes: 
     if problems:
         hint = "fptq-export model.onnx --calib-data inputs.npz -o run --engine out.plan is a whole command"
         raise UserErrors(f"options for the ONNX model {options.model}", problems, hint)
-
-
-def check_torch_options(options: RunOptions) -> None:
-    """Refuse options that belong to graphs where MODEL is none.
-
-    Raises:
-        UserErrors: Names every such option.
-    """
-    problems = [
-        Problem(_option(name), "is for .onnx models; use --calib-dataset and --eval-text")
-        for name in ("calib_data", "eval_data")
-        if getattr(options, name) is not None
-    ]
-    if problems:
-        raise UserErrors(f"options for {options.model}", problems, "leave them out")
 
 
 def _meaningless(options: RunOptions) -> Iterator[Problem]:

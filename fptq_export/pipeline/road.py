@@ -30,6 +30,7 @@ from fptq_export.pipeline.onnx_road import OnnxStages
 from fptq_export.pipeline.plugin import plugin_libraries
 from fptq_export.pipeline.policy_stage import PolicyInputs, policy_stage
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.pipeline.speech import check_processes, data_files, evaluation_option, hears
 from fptq_export.pipeline.stages import Stage, StageRunner
 from fptq_export.pipeline.trace_stage import trace_stage
 from fptq_export.policy import PolicyArrays, arrays_path, read_policy
@@ -151,11 +152,15 @@ class _Road:
         return self._options.model_dump(mode="json", include=set(names))
 
     def _load(self) -> None:
-        verifies_text = self._options.verify and needs_tokenizer(self._options.eval_text)
-        needs_text = verifies_text or (not self._replays and needs_tokenizer(self._options.calib_dataset))
+        check_processes(self._models.base.config, self._ranks.size)
+        needs_text = not hears(self._models.base.config) and self._reads_text()
         parts = {**self._option_parts("dtype", "rotate", "adapter"), "needs_text": needs_text}
         inputs = self._models.source_files()
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
+
+    def _reads_text(self) -> bool:
+        verifies_text = self._options.verify and needs_tokenizer(self._options.eval_text)
+        return verifies_text or (not self._replays and needs_tokenizer(self._options.calib_dataset))
 
     def _merge(self) -> None:
         adapter = self._models.adapter
@@ -190,7 +195,8 @@ class _Road:
         if self._replays:
             self._runner.skip("calibrate")
             return
-        files = tuple(path for path in (Path(self._options.calib_dataset),) if path.is_file())
+        texts = tuple(path for path in (Path(self._options.calib_dataset),) if path.is_file())
+        files = (*texts, *data_files(self._options, "calib_data"))
         hessians = next(iter(self._hessian_files), None)
 
         def run() -> Mapping[str, Any]:
@@ -249,6 +255,7 @@ class _Road:
         parts = ("eval_text", "eval_sentences", "seed") if encoder else ("eval_windows", "decode_steps")
         files = (self._dir.w4a8, data_path(self._dir.w4a8), *weight_files(self._models.given), *self._tokenizer_files)
         texts = tuple(path for path in (Path(self._options.eval_text),) if encoder and path.is_file())
+        texts = (*texts, *data_files(self._options, evaluation_option(self._options)))
         embeddings = (self._dir.embeddings,) if task == VLM_DECODER else ()
         self._stage(
             "verify",
@@ -262,9 +269,12 @@ class _Road:
     def _report(self) -> VerifyReport | EncoderReport:
         from fptq_export.pipeline.decoder_verification import verify_decoder
         from fptq_export.pipeline.encoder_verification import verify_encoder
+        from fptq_export.pipeline.speech_verification import verify_speech
         from fptq_export.pipeline.verification import verify
 
         given, w4a8, work = self._models.given, self._dir.w4a8, (self._options, self._progress)
+        if hears(given.config):
+            return verify_speech(given, w4a8, *work)
         if gives_hidden_states(given.task):
             return verify_encoder(given, w4a8, self._sites, *work)
         if given.task == SEQ2SEQ_DECODER:

@@ -130,7 +130,7 @@ def accuracy_rows(report: VerifyReport | EncoderReport | GraphReport) -> list[tu
     if isinstance(report, GraphReport):
         return [_output_row(report, found) for found in report.outputs]
     before, after = report.reference_perplexity.perplexity, report.candidate_perplexity.perplexity
-    text = f"{report.windows} x {report.window_tokens} tokens of held-out text"
+    text = f"{report.windows} x {report.window_tokens} tokens"
     return [
         (f"perplexity, FP32 ({text})", f"{before:.2f}"),
         ("perplexity, W4A8 in ONNX Runtime", f"{after:.2f} ({after / before:.3f} x)"),
@@ -146,7 +146,7 @@ def _encoder_rows(report: EncoderReport) -> list[tuple[str, str]]:
     return [
         (f"hidden states of {hidden.vectors} tokens: cosine, mean", f"{hidden.mean:.4f} (least {hidden.min:.4f})"),
         (
-            f"embeddings of {embeddings.vectors} held-out texts: cosine, mean",
+            f"embeddings of {embeddings.vectors} texts: cosine, mean",
             f"{embeddings.mean:.4f} (least {embeddings.min:.4f})",
         ),
         ("same nearest text", f"{retrieval.top1_agreement:.1%}"),

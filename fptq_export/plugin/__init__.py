@@ -2,6 +2,7 @@
 
 python -m fptq_export.plugin build [--arch 80 89] [--tensorrt-include DIR]
 python -m fptq_export.plugin info
+python -m fptq_export.plugin headers
 """
 
 from fptq_export.plugin.library import (

@@ -1,4 +1,4 @@
-"""`python -m fptq_export.plugin`: build the plugin libraries, or say what is in them."""
+"""`python -m fptq_export.plugin`: build the plugin libraries, say what is in them, or where the headers are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from fptq_export.errors import ExitCode, UserError
 from fptq_export.plugin.build import ARCHITECTURES, PluginBuild, build_plugin
 from fptq_export.plugin.library import BUILD_DIR, plugin_info
+from fptq_export.plugin.tools import header_directories
 
 __all__ = ["main"]
 
@@ -21,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     try:
+        if options.verb == "headers":
+            for directory in header_directories(BUILD_DIR.parent / "tensorrt-include"):
+                console.print(str(directory), markup=False, soft_wrap=True)
+            return ExitCode.OK
         if options.verb == "build":
             with console.status("building the plugin: some minutes for all architectures"):
                 library = build_plugin(
@@ -45,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fptq_export.plugin", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("info", help="print version, architectures and layout of the libraries")
+    verbs.add_parser("headers", help="print where the headers of TensorRT, CUDA and nlohmann-json are, for other C++")
     build = verbs.add_parser("build", help="build the libraries with CMake, Ninja and nvcc")
     build.add_argument(
         "--arch", nargs="+", default=ARCHITECTURES, metavar="CC", help=f"subset of {' '.join(ARCHITECTURES)} [all]"

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from fptq_export.errors import UserError
 
-__all__ = ["binaries_of_wheels", "cuda_include_dir", "find_cmake", "find_nvcc", "tensorrt_include_dir"]
+__all__ = [
+    "binaries_of_wheels",
+    "cuda_include_dir",
+    "find_cmake",
+    "find_nvcc",
+    "header_directories",
+    "tensorrt_include_dir",
+]
 
 HEADER = "NvInferRuntime.h"
 _CUDA_HEADER = "cuda_runtime_api.h"
@@ -114,6 +121,34 @@ def tensorrt_include_dir(given: Path | None, cache: Path) -> Path:
             return place.resolve()
     _unpack_headers(cache)
     return cache.resolve()
+
+
+def header_directories(cache: Path) -> list[Path]:
+    """Directories of headers for C++ that loads engines: TensorRT's, CUDA's, nlohmann-json's, as far as they are here.
+
+    Args:
+        cache: As for `tensorrt_include_dir`.
+
+    Raises:
+        UserError: As `tensorrt_include_dir`.
+    """
+    found = [tensorrt_include_dir(None, cache)]
+    try:
+        found.append(cuda_include_dir(find_nvcc()))
+    except UserError:
+        # Without a compiler: a toolkit's own place, and the wheel of the runtime.
+        found += [place for place in _cuda_header_places() if (place / _CUDA_HEADER).is_file()]
+    spec = importlib.util.find_spec("nlohmann_json")
+    if spec is not None and spec.origin is not None:
+        found.append(Path(spec.origin).parent / "include")
+    return found
+
+
+def _cuda_header_places() -> Iterator[Path]:
+    yield Path("/usr/local/cuda/include")
+    spec = importlib.util.find_spec("nvidia")
+    for place in (spec.submodule_search_locations if spec is not None else None) or []:
+        yield from sorted(Path(place).glob("*/include"), reverse=True)
 
 
 def _unpack_headers(target: Path) -> None:

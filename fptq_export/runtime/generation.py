@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fptq_export.errors import UserError
+from fptq_export.runtime.limits import Limits
+from fptq_export.runtime.refusals import PromptTooLongError
 from fptq_export.runtime.sampling import Sampling, chosen_token
-from fptq_export.runtime.source import Limits
 from fptq_export.runtime.text import TextTokenizer
 from fptq_export.verify.sessions import CausalSession
 
@@ -69,7 +70,7 @@ class Generation:
         tokenizer: TextTokenizer | None,
         limits: Limits,
     ) -> None:
-        check_prompt(prompt, limits)
+        check_prompt(prompt, limits, None if tokenizer is None else tokenizer.vocabulary)
         if sampling.stop and tokenizer is None:
             raise UserError("stop", "there is no tokenizer to find it with", "give token ids in, and cut the ids out")
         self.prompt_tokens = len(prompt)
@@ -124,20 +125,27 @@ class Generation:
         return Piece(self._last, text, reason)
 
 
-def check_prompt(prompt: Sequence[int], limits: Limits) -> None:
+def check_prompt(prompt: Sequence[int], limits: Limits, vocabulary: int | None) -> None:
     """Refuse what a model could not read.
 
+    Args:
+        prompt: Tokens.
+        limits: Of the model.
+        vocabulary: Number of tokens there are, where it is known: an engine would read beyond its embeddings.
+
     Raises:
-        UserError: The prompt is empty, too long, or holds what is no token.
+        PromptTooLongError: The prompt is too long.
+        UserError: The prompt is empty, or holds what is no token.
     """
     if not prompt:
         raise UserError("prompt", "is empty", "give at least one token")
-    if min(prompt) < 0:
-        raise UserError("prompt", f"{min(prompt)} is no token", "give ids of this model's tokenizer")
+    for token in (min(prompt), max(prompt)):
+        if token < 0 or (vocabulary is not None and token >= vocabulary):
+            raise UserError("prompt", f"{token} is no token", "give ids of this model's tokenizer")
     for name, limit in (("--max-input-len", limits.max_input_len), ("--max-kv-len", limits.max_kv_len)):
         if limit is not None and len(prompt) > limit:
             cause = f"has {len(prompt)} tokens, the model takes {limit}"
-            raise UserError("prompt", cause, f"shorten it, or export the model with a larger {name}")
+            raise PromptTooLongError("prompt", cause, f"shorten it, or export the model with a larger {name}")
 
 
 def completion_from_pieces(pieces: Sequence[tuple[Piece, float]], prompt_tokens: int, started: float) -> Completion:

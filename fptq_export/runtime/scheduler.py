@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from fptq_export.errors import UserError
 from fptq_export.runtime.generation import Completion, Generation, Piece, completion_from_pieces, now
+from fptq_export.runtime.refusals import QueueFullError, ShuttingDownError
 from fptq_export.runtime.sampling import Sampling
 from fptq_export.runtime.session import Prompt, Session
 
@@ -47,10 +48,17 @@ class Handle:
     Args:
         generation: The text.
         listener: Takes each event in the thread that runs the model, instead of the iterator.
+        withdraw: Takes the handle out of the queue, if it still waits there.
     """
 
-    def __init__(self, generation: Generation, listener: Callable[[Event], None] | None) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        listener: Callable[[Event], None] | None,
+        withdraw: Callable[[Handle], None],
+    ) -> None:
         self._generation = generation
+        self._withdraw = withdraw
         self._events: queue.SimpleQueue[tuple[Event, float]] = queue.SimpleQueue()
         self._listener = listener
         self._cancelled = threading.Event()
@@ -64,8 +72,9 @@ class Handle:
         return self._generation.prompt_tokens
 
     def cancel(self) -> None:
-        """Stop before the next token."""
+        """Stop before the next token; a text that waits leaves the queue at once."""
         self._cancelled.set()
+        self._withdraw(self)
 
     def __iter__(self) -> Iterator[Piece]:
         """The pieces as they come; the error that ended them is raised."""
@@ -143,17 +152,21 @@ class Scheduler:
         Args:
             prompt: Text or tokens.
             sampling: How it goes on.
-            listener: Takes each event in the thread that runs the model; what it raises cancels the text.
+            listener: Takes each event in the thread that runs the model, or that cancels a text which waits; what it
+                raises cancels the text.
 
         Raises:
-            UserError: The prompt is empty or too long, the queue is full, or the scheduler is closing.
+            QueueFullError: As many texts wait as may.
+            ShuttingDownError: The scheduler is closing.
+            UserError: The prompt is empty or too long.
         """
-        handle = Handle(self._session.generation(prompt, sampling), listener)
+        handle = Handle(self._session.generation(prompt, sampling), listener, self._withdraw)
         with self._changed:
             if self._closing:
-                raise UserError("server", "is shutting down", "send the request to another one")
+                raise ShuttingDownError("server", "is shutting down", "send the request to another one")
             if len(self._waiting) >= self._max_queue:
-                raise UserError("server", f"{len(self._waiting)} requests wait already", "send it again in a while")
+                cause = f"{len(self._waiting)} requests wait already"
+                raise QueueFullError("server", cause, "send it again in a while")
             self._waiting.append(handle)
             self._observer.queued(len(self._waiting), len(self._running))
             self._changed.notify()
@@ -163,6 +176,11 @@ class Scheduler:
     def is_closing(self) -> bool:
         """Whether new texts are refused."""
         return self._closing
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether texts are written: false once a thread died, which only a bug can bring about."""
+        return self._closing or all(thread.is_alive() for thread in self._threads)
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more texts; finish those that were asked for, or cancel them.
@@ -191,6 +209,15 @@ class Scheduler:
 
     def _is_idle(self) -> bool:
         return not self._waiting and not self._running
+
+    def _withdraw(self, handle: Handle) -> None:
+        with self._changed:
+            if handle not in self._waiting:
+                return
+            self._waiting.remove(handle)
+            self._observer.queued(len(self._waiting), len(self._running))
+            self._changed.notify_all()
+        self._end(handle, None, "cancelled")
 
     def _work(self) -> None:
         while (handle := self._next()) is not None:

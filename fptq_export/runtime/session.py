@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fptq_export.diff.engine_session import opened_engine
 from fptq_export.errors import UserError
 from fptq_export.runtime.cpu_session import Kernels, cpu_session
+from fptq_export.runtime.engine_session import opened_engine
 from fptq_export.runtime.generation import Completion, Generation, Piece, completion_from_pieces, now
+from fptq_export.runtime.limits import Limits
 from fptq_export.runtime.sampling import Sampling
-from fptq_export.runtime.source import Backend, Limits, Source, backend_for, limits_of, source_from_path
+from fptq_export.runtime.source import Backend, Source, backend_for, limits_of, source_from_path
 from fptq_export.runtime.text import TextTokenizer, tokenizer_from_directory
 from fptq_export.verify.sessions import CausalSession
 
@@ -84,9 +85,8 @@ class Session:
         found = source_from_path(Path(source), None if engine is None else Path(engine))
         choice = backend_for(found, backend)
         with ExitStack() as resources:
-            model = _model(found, choice.backend, threads, kernels, resources)
+            model, limits = _model(found, choice.backend, threads, kernels, resources)
             tokenizer = tokenizer_from_directory(found.directory)
-            limits = limits_of(found, choice.backend)
             session = cls(model, tokenizer, limits, backend=choice.backend, note=choice.note)
             session._resources = resources.pop_all()
         return session
@@ -170,12 +170,13 @@ def _pieces(generation: Generation) -> Iterator[Piece]:
 
 def _model(
     source: Source, backend: Backend, threads: int | None, kernels: Kernels, resources: ExitStack
-) -> CausalSession:
+) -> tuple[CausalSession, Limits]:
     if backend == "onnxruntime":
-        return cpu_session(source.graph, threads, kernels)
+        return cpu_session(source.graph, threads, kernels), limits_of(source)
     if source.manifest is None or source.engine is None:
         raise AssertionError("an engine is chosen only where a manifest names it")
-    return resources.enter_context(opened_engine(source.manifest, source.engine))
+    model = resources.enter_context(opened_engine(source.manifest, source.engine))
+    return model, model.limits
 
 
 def _array(input_ids: Any) -> NDArray[np.int64]:

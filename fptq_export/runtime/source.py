@@ -6,33 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from fptq_export.build.engine_facts import EngineFacts, facts_from_summary
-from fptq_export.diff.engine_session import engine_problem
 from fptq_export.doctor.machine import machine_of_here
 from fptq_export.doctor.plan import PlanQuestion, report_on_plan
 from fptq_export.errors import UserError
 from fptq_export.package.manifest import Manifest, manifest_of_run, read_manifest
-from fptq_export.package.run_of_engine import BUILD, engines_of_run, run_of_engine
+from fptq_export.package.run_of_engine import engines_of_run, run_of_engine
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.runtime.engine_session import engine_problem
+from fptq_export.runtime.limits import Limits
 from fptq_export.tasks import CAUSAL_LM
 
-__all__ = ["Backend", "Choice", "Limits", "Source", "backend_for", "limits_of", "source_from_path"]
+__all__ = ["Backend", "Choice", "Source", "backend_for", "limits_of", "source_from_path"]
 
 Backend = Literal["onnxruntime", "tensorrt"]
 _GRAPH = ".onnx"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much text a model takes; None where nothing says so."""
-
-    max_input_len: int | None = None
-    """Tokens of a prompt."""
-    max_kv_len: int | None = None
-    """Tokens of prompt and answer."""
-    max_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,17 +95,12 @@ def backend_for(source: Source, wanted: Backend | Literal["auto"]) -> Choice:
     return Choice("tensorrt")
 
 
-def limits_of(source: Source, backend: Backend) -> Limits:
-    """What the engine's profiles say; for a graph, what its run was asked for, so that both take the same texts."""
+def limits_of(source: Source) -> Limits:
+    """What the run of a graph was asked for, which its engines take."""
     if source.manifest is None:
         return Limits()
     options = source.manifest.options
-    facts = _facts(source.manifest) if backend == "tensorrt" else None
-    if facts is None or not facts.profiles:
-        return Limits(options.max_input_len, options.max_kv_len, options.max_batch_size)
-    largest = {item.name: item.maximum for profile in facts.profiles for item in profile}
-    batch, tokens = largest["input_ids"]
-    return Limits(tokens, largest["attention_mask"][1], batch)
+    return Limits(options.max_input_len, options.max_kv_len, options.max_batch_size)
 
 
 def _check_task(source: Source) -> None:
@@ -132,11 +114,3 @@ def _engine_reason(source: Source) -> str | None:
     if source.manifest is None:
         return "it is a graph without a run directory, which would name an engine"
     return engine_problem(source.manifest, source.engine)
-
-
-def _facts(manifest: Manifest) -> EngineFacts | None:
-    build = manifest.stages.get(BUILD)
-    try:
-        return None if build is None else facts_from_summary(build.summary)
-    except ValidationError:
-        return None

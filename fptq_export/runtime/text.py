@@ -52,6 +52,11 @@ class TextTokenizer:
         """Whether there is a chat template."""
         return self._template is not None
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, with those that the model wants around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -7,10 +7,7 @@ parameters; `weights.attach_weights` points the initializers at the checkpoint a
 from __future__ import annotations
 
 import copy
-import logging
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,12 +17,13 @@ import torch
 from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn import Conv1d
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from fptq_export.errors import UserError
 from fptq_export.experts.unstack import unstack_experts
+from fptq_export.trace.fake_tracing import fake_tracing
+from fptq_export.trace.graph_names import name_dimensions, name_initializers
 from fptq_export.trace.model_linears import LinearRole, linears_from_model, roles_from_model
 
 __all__ = [
@@ -33,15 +31,11 @@ __all__ = [
     "SAMPLE_BATCH",
     "SAMPLE_SEQUENCE",
     "TORCH_DTYPES",
-    "WRAPPER",
     "KeyValue",
     "TracedModel",
     "computed_buffers",
     "graph_with_cache",
     "keys_and_values",
-    "name_dimensions",
-    "name_initializers",
-    "quiet",
     "refuse_stacked_weights",
     "run_with_cache",
     "sample_inputs",
@@ -54,7 +48,6 @@ __all__ = [
 OPSET = 21
 """First opset with INT4 and `block_size` in DequantizeLinear."""
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WRAPPER = "wrapped"
 _MATRIX_RANK = 2
 SAMPLE_BATCH, SAMPLE_SEQUENCE, _SAMPLE_PAST = 2, 3, 5
 """Sample sizes: all different and above 1, so that no two dimensions are taken for one and none is specialized."""
@@ -142,8 +135,7 @@ def traced_from_config(config: PretrainedConfig, dtype: str, *, trust_remote_cod
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     torch_dtype = TORCH_DTYPES[dtype]
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode, torch.no_grad(), quiet():
+    with fake_tracing():
         model = _empty_model(config, torch_dtype, trust_remote_code)
         unstack_experts(model, static=True)
         refuse_stacked_weights(model)
@@ -190,9 +182,16 @@ def user_errors_from_torch(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def refuse_stacked_weights(model: nn.Module) -> None:
-    """What `unstack_experts` leaves stacked is no linear: it would stay in float without a word."""
-    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() > _MATRIX_RANK]
+def refuse_stacked_weights(model: nn.Module, *, convolutions: bool = False) -> None:
+    """What `unstack_experts` leaves stacked is no linear: it would stay in float without a word.
+
+    Args:
+        model: The model.
+        convolutions: Whether convolutions are known to stand before its blocks, and may stay in float.
+    """
+    known = {f"{path}.weight" for path, module in model.named_modules() if convolutions and isinstance(module, Conv1d)}
+    parameters = ((name, parameter) for name, parameter in model.named_parameters() if name not in known)
+    stacked = [name for name, parameter in parameters if parameter.dim() > _MATRIX_RANK]
     if stacked:
         raise UserError(
             type(model).__name__,
@@ -240,20 +239,27 @@ def sample_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.zeros_like(ids)}
 
 
-def graph_with_cache(module: nn.Module, inputs: Mapping[str, torch.Tensor], past: Sequence[KeyValue]) -> ir.Model:
+def graph_with_cache(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    past: Sequence[KeyValue],
+    fixed: Collection[str] = (),
+) -> ir.Model:
     """Trace a module that takes tensors and a cache, and gives logits and the cache after them.
 
     Args:
         module: Called with the tensors in order, then with `past`.
         inputs: Name -> sample; the first two dimensions of each are dynamic.
         past: Sample of the cache.
+        fixed: Inputs of which only the first dimension is.
     """
     any_size = torch.export.Dim.AUTO
     tokens, cached, layers = {0: any_size, 1: any_size}, {0: any_size, 2: any_size}, len(past)
+    shapes = [{0: any_size} if name in fixed else tokens for name in inputs]
     program = torch.export.export(
         module,
         (*inputs.values(), past),
-        dynamic_shapes=(*[tokens] * len(inputs), [(cached, cached)] * layers),
+        dynamic_shapes=(*shapes, [(cached, cached)] * layers),
         strict=False,
     )
     exported = torch.onnx.export(
@@ -272,44 +278,6 @@ def graph_with_cache(module: nn.Module, inputs: Mapping[str, torch.Tensor], past
 
 def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-
-
-def name_initializers(graph: ir.Model) -> None:
-    """`wrapped.model.layers...` -> `model.layers...`: the names of the checkpoint."""
-    for value in list(graph.graph.initializers.values()):
-        if value.name is not None:
-            value.name = value.name.removeprefix(f"{WRAPPER}.")
-
-
-def name_dimensions(graph: ir.Model, names: Mapping[str, tuple[str | None, ...]]) -> None:
-    """Give dynamic dimensions the names people look for in the file, everywhere in the graph.
-
-    Args:
-        graph: Changed in place.
-        names: Input -> names of its dimensions; an input that is not there is a cache.
-    """
-    symbols: dict[str, str] = {}
-    for value in graph.graph.inputs:
-        wanted = names.get(value.name or "", ("batch", None, "past", None))
-        for name, dim in zip(wanted, value.shape or (), strict=True):
-            if name is not None:
-                symbols[str(dim)] = name
-    for value in _values(graph):
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [dim if isinstance(dim, int) else _renamed(str(dim), symbols) for dim in value.shape]
-            )
-
-
-def _values(graph: ir.Model) -> Iterator[ir.Value]:
-    yield from graph.graph.inputs
-    for node in graph.graph:
-        yield from node.outputs
-
-
-def _renamed(expression: str, symbols: Mapping[str, str]) -> str:
-    """`s17 + s70` -> `past + sequence`."""
-    return re.sub(r"\w+", lambda match: symbols.get(match[0], match[0]), expression)
 
 
 def computed_buffers(build: Callable[[], nn.Module]) -> dict[str, NDArray[np.generic]]:
@@ -331,19 +299,3 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
         if first_name.setdefault(id(parameter), name) != name:
             tied[name] = first_name[id(parameter)]
     return tied
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence notes of torch's exporter that name nothing the user could change."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

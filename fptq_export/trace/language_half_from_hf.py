@@ -10,14 +10,13 @@ import copy
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fptq_export.errors import UserError
 from fptq_export.language_half import check_language_half, cut_to_language_half, modules_outside
 from fptq_export.tasks import VLM_DECODER, auto_class
+from fptq_export.trace.fake_tracing import fake_tracing
 from fptq_export.trace.from_hf import (
     SAMPLE_BATCH,
     SAMPLE_SEQUENCE,
@@ -26,15 +25,13 @@ from fptq_export.trace.from_hf import (
     TracedModel,
     computed_buffers,
     graph_with_cache,
-    name_dimensions,
-    name_initializers,
-    quiet,
     refuse_stacked_weights,
     run_with_cache,
     sample_inputs,
     sample_past,
     user_errors_from_torch,
 )
+from fptq_export.trace.graph_names import name_dimensions, name_initializers
 from fptq_export.trace.model_linears import linears_from_model, roles_from_model
 
 __all__ = ["traced_language_half_from_config"]
@@ -81,7 +78,7 @@ def traced_language_half_from_config(
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     torch_dtype = TORCH_DTYPES[dtype]
-    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad(), quiet():
+    with fake_tracing():
         with no_init_weights():  # some draw weights by the values of others, and fake tensors have none
             model = _empty_model(config, torch_dtype, trust_remote_code)
         check_language_half(model)
@@ -112,7 +109,7 @@ def traced_language_half_from_config(
 
 def _empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = auto_class(VLM_DECODER).from_config(
+        model: PreTrainedModel = auto_class(config, VLM_DECODER).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except ValueError as error:

@@ -18,6 +18,8 @@ __all__ = ["CacheTensor", "PlanFacts", "PlanTensor", "plan_facts"]
 Dim = int | str
 _PAST, _PRESENT = "past_key_values.", "present."
 _WRITE_INDICES = "write_indices"
+_PAST_AXIS = 2
+"""Of a cache [batch, heads, past, size]."""
 _TYPES: Mapping[ir.DataType, str] = {
     ir.DataType.BOOL: "BOOL",
     ir.DataType.UINT8: "UINT8",
@@ -67,7 +69,7 @@ class PlanFacts(_Model):
     max_input_len: int | None = None
     """Most tokens of a call, where the engine reads tokens."""
     max_kv_len: int | None = None
-    """Most tokens in the cache after a call."""
+    """Most tokens in the cache when a text has been written token by token."""
 
 
 def plan_facts(graph: Path, profiles: Sequence[Sequence[InputRange]]) -> PlanFacts:
@@ -98,7 +100,7 @@ def plan_facts(graph: Path, profiles: Sequence[Sequence[InputRange]]) -> PlanFac
         cache=tuple(CacheTensor(past=inputs[past], present=present) for past, present in pairs.items()),
         cache_kind=kind if pairs else "none",
         max_input_len=_last_maximum(ranges, "input_ids"),
-        max_kv_len=_last_maximum(ranges, "attention_mask"),
+        max_kv_len=_most_cached(ranges, kind, next(iter(pairs), "")),
     )
 
 
@@ -173,6 +175,15 @@ def _size(dim: Dim, symbols: Mapping[str, tuple[int, int]]) -> int:
         return dim
     low, high = symbols.get(dim, (0, 1))
     return high if low == high else -1
+
+
+def _most_cached(ranges: Mapping[str, InputRange], kind: str, past: str) -> int | None:
+    """A growing cache holds one token more after a decode step than the profile allows before it."""
+    slots = ranges[past].maximum[_PAST_AXIS] if past in ranges else None
+    total = _last_maximum(ranges, "attention_mask")
+    if slots is None or kind == "static":
+        return total
+    return slots + 1 if total is None else min(total, slots + 1)
 
 
 def _last_maximum(ranges: Mapping[str, InputRange], name: str) -> int | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fptq_export.errors import UserError
 from fptq_export.progress import NoProgress, Progress
 from fptq_export.verify.encoder_report import CosineFigures, EncoderReport, RetrievalFigures
-from fptq_export.verify.encoder_sessions import EncoderSession
+from fptq_export.verify.encoder_sessions import EncoderSession, FeatureSession
 
-__all__ = ["NEAREST", "compare_encoders", "retrieval_agreement"]
+__all__ = ["NEAREST", "compare_encoders", "compare_feature_encoders", "retrieval_agreement"]
 
 NEAREST = 5
 _BATCH = 8
@@ -55,14 +57,52 @@ def compare_encoders(
                 ids = input_ids[start + row : start + row + 1, :length]
                 pairs.append((_hidden(reference, ids, np.ones_like(ids))[0], hidden[row, :length]))
                 task.advance(int(length))
+    return _report((reference.name, candidate.name), pairs, text)
+
+
+def compare_feature_encoders(
+    reference: FeatureSession,
+    candidate: FeatureSession,
+    features: NDArray[np.float32],
+    text: str,
+    progress: Progress | None = None,
+) -> EncoderReport:
+    """The same for encoders of speech: windows of one length, run one at a time by both.
+
+    Args:
+        reference: The model to be reproduced.
+        candidate: The model to be judged.
+        features: float32 [n, mel bins, frames], n >= 2.
+        text: Where the windows come from, for the report.
+        progress: Where to report.
+
+    Raises:
+        UserError: There is less than two windows, or hidden states differ in size or are NaN or infinite.
+    """
+    if len(features) < 2:
+        raise UserError("verification data", f"{len(features)} window(s) cannot be compared", "give at least two")
+    progress = NoProgress() if progress is None else progress
+    pairs = []
+    with progress.task("Comparing hidden states", total=len(features), unit="windows") as task:
+        for window in np.split(features, len(features)):
+            hidden = [_checked(session.name, session.hidden(window), (1,))[0] for session in (reference, candidate)]
+            pairs.append((hidden[0], hidden[1]))
+            task.advance()
+    return _report((reference.name, candidate.name), pairs, text)
+
+
+def _report(
+    names: tuple[str, str], pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], text: str
+) -> EncoderReport:
+    """Figures of the hidden states of each text, (reference, candidate), each [S, H]."""
     sizes = {pair[side].shape[-1] for pair in pairs for side in (0, 1)}
     if len(sizes) > 1:
         cause = f"hidden states of {' and '.join(map(str, sorted(sizes)))} channels cannot be compared"
-        raise UserError(f"{reference.name}, {candidate.name}", cause, "compare a model with its own export")
+        raise UserError(", ".join(names), cause, "compare a model with its own export")
     embeddings = [np.stack([pair[side].mean(axis=0) for pair in pairs]) for side in (0, 1)]
     return EncoderReport(
-        reference=reference.name,
-        candidate=candidate.name,
+        reference=names[0],
+        candidate=names[1],
         text=text,
         hidden_size=sizes.pop(),
         hidden=_figures(np.concatenate([_cosine(*pair) for pair in pairs])),
@@ -103,12 +143,19 @@ def _hidden(
 ) -> NDArray[np.float64]:
     """Hidden states of a batch after a look at them, float64 [B, S, H]."""
     hidden = session.hidden(input_ids, attention_mask)
-    if hidden.ndim != 3 or hidden.shape[:2] != input_ids.shape:
-        cause = f"hidden states have shape {hidden.shape}, not {(*input_ids.shape, 'hidden')}"
-        raise UserError(session.name, cause, "export it again")
-    if not np.isfinite(hidden[attention_mask == 1]).all():
+    return _checked(session.name, hidden, input_ids.shape, attention_mask == 1)
+
+
+def _checked(
+    name: str, hidden: NDArray[np.float32], shape: tuple[int, ...], real: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Hidden states, float64, if their shape begins with `shape` and those of real tokens (None: all) are finite."""
+    if hidden.ndim != 3 or hidden.shape[: len(shape)] != shape:
+        cause = f"hidden states have shape {hidden.shape}, not {(*shape, 'hidden')}"
+        raise UserError(name, cause, "export it again")
+    if not np.isfinite(hidden if real is None else hidden[real]).all():
         hint = "an FP16 overflow is the usual cause: export with --dtype fp32"
-        raise UserError(session.name, "hidden states are NaN or infinite", hint)
+        raise UserError(name, "hidden states are NaN or infinite", hint)
     return hidden.astype(np.float64)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fptq_export.verify.sessions import FLOAT_TYPES, INTEGER_TYPES, OnnxCausalSession
 
-__all__ = ["OnnxDecoderSession"]
+__all__ = ["OnnxDecoderSession", "OnnxSpeechDecoderSession"]
 
 _HIDDEN, _MASK = "encoder_hidden_states", "encoder_attention_mask"
 
@@ -38,3 +38,9 @@ class OnnxDecoderSession(OnnxCausalSession):
         mask: NDArray[Any] = np.ones(hidden.shape[:2], np.int64) if attention_mask is None else attention_mask
         bound._given = {_HIDDEN: hidden, _MASK: mask}
         return bound
+
+
+class OnnxSpeechDecoderSession(OnnxDecoderSession):
+    """The same behind an encoder of speech: windows have one length, so the graph has no `encoder_attention_mask`."""
+
+    inputs: ClassVar = {"input_ids": INTEGER_TYPES, _HIDDEN: FLOAT_TYPES}

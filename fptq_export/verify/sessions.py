@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.verify.all_logits import gives_last_only, graph_with_all_logits
+from fptq_export.verify.causal_inputs import PAST, PRESENT, SCALE, WRITE_INDICES, feed_from_ids
 from fptq_export.verify.ort_values import (
     DTYPE_FROM_ORT_TYPE,
     array_from_ort_value,
@@ -47,14 +47,8 @@ _OPTIMIZATION_LEVELS = {
 INTEGER_TYPES = ("tensor(int64)", "tensor(int32)")
 FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _INT8_TYPES = ("tensor(int8)",)
-_WRITE_INDICES = "write_indices"
-"""Input of graphs with a static cache: slots of each sequence that are filled before the call."""
 _SLOTS = 64
 """A static cache of open length grows by so many slots at a time."""
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
-_SCALE = "_scale"
-"""Behind the name of a cache of INT8 codes: its scales."""
 _FLOAT32_ACCURACY = "1"
 _FATAL_ONLY = 4
 """ONNX Runtime severity; its errors reach us as exceptions, so its own lines on stderr would say them twice."""
@@ -118,7 +112,7 @@ class _Signature:
     @property
     def is_static(self) -> bool:
         """Whether the cache is written in place."""
-        return _WRITE_INDICES in self.ids
+        return WRITE_INDICES in self.ids
 
     @property
     def fixed_slots(self) -> int | None:
@@ -238,16 +232,7 @@ class OnnxCausalSession:
         return fixed if fixed is not None else -(-length // _SLOTS) * _SLOTS
 
     def _ids_feed(self, input_ids: NDArray[np.int64], past_length: int, slots: int) -> dict[str, NDArray[Any]]:
-        batch, length = input_ids.shape
-        positions = np.broadcast_to(np.arange(past_length, past_length + length), (batch, length))
-        arrays = {
-            "input_ids": input_ids,
-            "attention_mask": np.ones((batch, slots or past_length + length)),
-            "position_ids": positions,
-            _WRITE_INDICES: np.full(batch, past_length),
-            **self._given,
-        }
-        return {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._signature.ids.items()}
+        return feed_from_ids(input_ids, past_length, slots, self._signature.ids, self._given)
 
     def _run(self, feed: Mapping[str, Any], length: int) -> tuple[NDArray[np.float32], OnnxCache]:
         try:
@@ -328,17 +313,17 @@ def _with_slots(value: Any, slots: int) -> Any:
 def _signature_from_session(path: Path, session: Any, types: Mapping[str, tuple[str, ...]]) -> _Signature:
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
-    cached = {match.groups() for name in inputs if (match := _PAST.fullmatch(name))}
-    cached |= {match.groups() for name in outputs if (match := _PRESENT.fullmatch(name))}
+    cached = {match.groups() for name in inputs if (match := PAST.fullmatch(name))}
+    cached |= {match.groups() for name in outputs if (match := PRESENT.fullmatch(name))}
     keys = sorted(cached or {("0", "key"), ("0", "value")}, key=lambda key: (int(key[0]), key[1]))
     layers = dict.fromkeys(layer for layer, _ in keys)
     pairs = {
         f"present.{layer}.{kind}": f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")
     }
-    codes = [past for past in pairs.values() if past + _SCALE in inputs]
-    floats = [past for past in pairs.values() if past not in codes] + [past + _SCALE for past in codes]
-    pairs |= {f"{present}{_SCALE}": past + _SCALE for present, past in pairs.items() if past in codes}
-    ids = {**types, **({_WRITE_INDICES: INTEGER_TYPES} if _WRITE_INDICES in inputs else {})}
+    codes = [past for past in pairs.values() if past + SCALE in inputs]
+    floats = [past for past in pairs.values() if past not in codes] + [past + SCALE for past in codes]
+    pairs |= {f"{present}{SCALE}": past + SCALE for present, past in pairs.items() if past in codes}
+    ids = {**types, **({WRITE_INDICES: INTEGER_TYPES} if WRITE_INDICES in inputs else {})}
     problems = [
         *(problem for name in ids for problem in _type_problems("input", (name,), inputs, ids[name])),
         *_type_problems("input", floats, inputs, FLOAT_TYPES),
@@ -354,7 +339,7 @@ def _signature_from_session(path: Path, session: Any, types: Mapping[str, tuple[
     past = {}
     for name in pairs.values():
         _, heads, slots, head_size = inputs[name].shape
-        fixed = slots if isinstance(slots, int) and _WRITE_INDICES in inputs else None
+        fixed = slots if isinstance(slots, int) and WRITE_INDICES in inputs else None
         past[name] = _PastInput(DTYPE_FROM_ORT_TYPE[inputs[name].type], heads, head_size, fixed)
     return _Signature({name: DTYPE_FROM_ORT_TYPE[inputs[name].type] for name in ids}, past, pairs)
 

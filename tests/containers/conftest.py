@@ -14,6 +14,7 @@ import pytest
 from pathspec import GitIgnoreSpec
 
 from fptq_export.plugin.library import LOADED_LIBRARY, REGISTERING_LIBRARY
+from tests.containers.installed import link_packages, requirements_from_file
 from tests.containers.steps import Machine, Recipe, Stage, build, read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,14 @@ def images(
     """Every stage of both images, carried out."""
     machine = Machine(build_context, base_image, stand_in_for_compilers)
     return build(recipe, ["cpu", "triton"], tmp_path_factory.mktemp("images"), machine)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install -r requirements.serve.txt` would have put into the image, and nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    link_packages(requirements_from_file(SAMPLE / "requirements.serve.txt"), folder)
+    return folder
 
 
 def stand_in_for_compilers(command: str, stage: Stage) -> bool:

@@ -15,7 +15,7 @@ from tests.containers.steps import Recipe
 
 COMPOSE: dict[str, Any] = yaml.safe_load((SAMPLE / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-PROFILES = {"cpu": {"cpu"}, "gpu": {"triton", "prometheus"}}
+PROFILES = {"cpu": {"cpu", "prometheus"}, "gpu": {"triton", "prometheus"}}
 """What `--profile` starts."""
 
 
@@ -91,7 +91,7 @@ def test_only_triton_asks_for_a_gpu() -> None:
 
 
 def test_prometheus_scrapes_the_service(recipe: Recipe) -> None:
-    """The target is a service of the compose file at a port that its image exposes."""
+    """Each target is a service of the compose file at a port that its image exposes, and each server is one."""
     jobs = yaml.safe_load((SAMPLE / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
     targets = [target for job in jobs for entry in job["static_configs"] for target in entry["targets"]]
     exposed = {
@@ -101,5 +101,5 @@ def test_prometheus_scrapes_the_service(recipe: Recipe) -> None:
         if step.name == "EXPOSE"
         for port in step.value.split()
     }
-    assert targets != []
     assert set(targets) <= exposed
+    assert {target.partition(":")[0] for target in targets} == {"cpu", "triton"}

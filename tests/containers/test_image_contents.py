@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 from fptq_export.runtime import Sampling, Session
 from tests.containers.conftest import SAMPLE
-from tests.containers.installed import link_packages, requirements_from_file
+from tests.containers.installed import requirements_from_file
 from tests.containers.steps import Stage
 
 LISTED = requirements_from_file(SAMPLE / "requirements.serve.txt")
@@ -24,6 +24,7 @@ IMPORTED_LATER = {"jinja2"}
 """Needed once a chat comes: the model of the test has no chat template."""
 _SERVE = f"""
 import json, sys
+import fptq_export.serve.app, fptq_export.serve.server
 from fptq_export.runtime import Sampling, Session
 with Session.open(sys.argv[1], backend="onnxruntime", threads=1) as session:
     completion = session.generate({PROMPT!r}, Sampling(max_tokens={TOKENS}, ignore_eos=True))
@@ -39,14 +40,6 @@ class Answer:
     token_ids: list[int]
     imported: list[str]
     """Modules and packages, top level."""
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install -r requirements.serve.txt` would have put into the image, and nothing else."""
-    folder = tmp_path_factory.mktemp("installed")
-    link_packages(LISTED, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The model families of the support table: one entry a family, a tiny model each.
 
-A new entry is all that a new family needs: every test of this folder runs over `FAMILIES`. The cells of `HALVES`
-and `LANGUAGE_HALF` are tests of `tests/halves`.
+A new entry is all that a new family needs: every test of this folder runs over `FAMILIES`. The cells of `HALVES`,
+`SPEECH_HALVES` and `LANGUAGE_HALF` are tests of `tests/halves`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "HALVES", "LANGUAGE_HALF", "ROWS", "Family", "config_of"]
+__all__ = [
+    "DECODERS",
+    "ENCODERS",
+    "FAMILIES",
+    "HALVES",
+    "LANGUAGE_HALF",
+    "ROWS",
+    "SPEECH_HALVES",
+    "Family",
+    "config_of",
+]
 
 _SPREAD = 0.15
 """Standard deviation of the weights: about 1/sqrt(64), so that every layer sways the logits."""
@@ -275,10 +285,41 @@ HALVES = (
 )
 """Of encoder-decoders, one graph each."""
 
+_LEFT_BY_GELU = {"out_proj": "Reshape", "fc2": "Gelu"}
+SPEECH_HALVES = (
+    Family(
+        "Whisper, encoder",
+        "WhisperConfig",
+        {},
+        (("norm", "k_proj v_proj q_proj"), ("norm", "fc1"), ("attention_value", "out_proj")),
+        _LEFT_BY_GELU,
+        run="whisper_run",
+    ),
+    Family(
+        "Whisper, decoder",
+        "WhisperConfig",
+        {},
+        (
+            ("norm", "k_proj v_proj q_proj"),
+            ("norm", "q_proj"),
+            ("norm", "fc1"),
+            ("norm", "proj_out"),
+            ("attention_value", "out_proj"),
+            ("attention_value", "out_proj"),
+        ),
+        {
+            **_LEFT_BY_GELU,
+            **dict.fromkeys(("encoder_attn.k_proj", "encoder_attn.v_proj"), "graph input 'encoder_hidden_states'"),
+        },
+        run="whisper_run",
+    ),
+)
+"""Of an encoder-decoder that reads mel features."""
+
 LANGUAGE_HALF = Family("LLaVA, language half", "LlavaConfig", {}, _GATED, _ATTENTION, run="llava_run")
 """Of a vision-language model, behind its embeddings."""
 
-ROWS = (*FAMILIES, *HALVES, LANGUAGE_HALF)
+ROWS = (*FAMILIES, *HALVES, *SPEECH_HALVES, LANGUAGE_HALF)
 """In the order of the support table."""
 
 

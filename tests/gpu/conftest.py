@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from fptq_export.build.targets import Target, module_name
 from fptq_export.plugin.build import PluginBuild, build_plugin
 from fptq_export.plugin.library import BUILD_DIR
 from tests.gpu.boundary import boundary_library, open_boundary
@@ -53,3 +55,14 @@ def boundary_path(plugin_library: Path, tmp_path_factory: pytest.TempPathFactory
 def device(boundary_path: Path) -> Driver:
     """Calls of the kernels on the GPU."""
     return Driver(open_boundary(boundary_path), CudaMemory())
+
+
+@pytest.fixture(scope="session", params=[Target.TENSORRT_RTX, Target.TENSORRT])
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each TensorRT that is installed."""
+    chosen = request.param
+    assert isinstance(chosen, Target)
+    name = module_name(chosen)
+    if name is None or importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return chosen

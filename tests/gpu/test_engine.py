@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fptq_export.build.targets import Target, module_name
+from fptq_export.build.targets import Target
 from fptq_export.cli.main import main
 from fptq_export.plugin.library import DIRECTORY_VARIABLE
 from fptq_export.verify.decode import CacheBound
@@ -20,17 +19,6 @@ from tests.gpu.engine_run import EngineRun
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 TOKENS = np.random.default_rng(0).integers(5, 40000, (1, 32))
-
-
-@pytest.fixture(scope="module", params=[Target.TENSORRT_RTX, Target.TENSORRT])
-def target(request: pytest.FixtureRequest) -> Target:
-    """Each TensorRT that is installed."""
-    chosen = request.param
-    assert isinstance(chosen, Target)
-    name = module_name(chosen)
-    if name is None or importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
-    return chosen
 
 
 @pytest.fixture(scope="module")

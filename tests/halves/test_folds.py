@@ -9,13 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
-from fptq_export.rewrite.fold_equalization import FoldEqualization
 from tests.families.support_table import Record
 from tests.families.test_folds import EXACT, ROUNDED
 from tests.halves.conftest import FAMILY_OF_HALF, HALVES
 from tests.support.float64 import fold, lognormal_scales, output_in_float64
-from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
+from tests.support.halves import TeacherForced, decoder_feed, folded_graph, seq2seq_model
 from tests.support.traced import Traced, encoder_feed, run
 
 Graphs = dict[str, Traced]
@@ -51,11 +49,7 @@ def test_folds_are_exact(t5_graphs: Graphs, half: str, record: Record, tmp_path:
             fold(model, site, scales[site.id])
         assert 0.0 < float((_exact(model, half) - exact).abs().max()) <= EXACT * largest
 
-        graph = load_graph(traced.model)
-        FoldEqualization(traced.sites, scales)(graph)
-        folded = tmp_path / "folded.onnx"
-        write_weights(graph, data_path(folded))
-        save_graph(graph, folded)
+        folded = folded_graph(traced, scales, tmp_path / "folded.onnx")
         for path in (traced.model, folded):
             np.testing.assert_allclose(_of_graph(path, half, hidden), exact.numpy(), rtol=0.0, atol=ROUNDED * largest)
         cell.text = "exact"

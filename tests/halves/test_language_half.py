@@ -280,7 +280,8 @@ def test_models_that_need_more_of_an_image_than_embeddings_are_refused(
 ) -> None:
     """By what transformers' modules take; each names what the graph could not be given."""
     with init_empty_weights():
-        model = auto_class(VLM_DECODER).from_config(getattr(transformers, config)(**settings))
+        built = getattr(transformers, config)(**settings)
+        model = auto_class(built, VLM_DECODER).from_config(built)
     with pytest.raises(UserError, match=reason):
         check_language_half(model)
 

@@ -67,8 +67,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "weight too large for FP16": (lambda model: edit_weight(model, WEIGHT, 1e6), (WEIGHT, "bf16")),
     "tokenizer missing": (remove_tokenizer, ("tokenizer",)),
     "encoder-decoder of speech": (
-        lambda model: edit_config(model, model_type="whisper", architectures=["WhisperForConditionalGeneration"]),
-        ("config.json", "whisper", "does not turn text into text"),
+        lambda model: edit_config(
+            model, model_type="speech_to_text", architectures=["Speech2TextForConditionalGeneration"]
+        ),
+        ("config.json", "speech_to_text", "neither text nor windows of mel features"),
     ),
 }
 

@@ -231,7 +231,7 @@ def test_options_without_a_meaning_are_refused_together(mlp: Path, tmp_path: Pat
 def test_data_for_a_torch_model_is_refused(tiny_llama_dir: Path, mlp: Path, tmp_path: Path, command: Command) -> None:
     """Arrays belong to graphs."""
     outcome = command(tiny_llama_dir, "-o", tmp_path / "run", "--calib-data", mlp / "mlp.npz")
-    assert_refused(outcome, "--calib-data", "is for .onnx models; use --calib-dataset")
+    assert_refused(outcome, "--calib-data", "is for .onnx models and speech; use --calib-dataset")
 
 
 def shared_weight() -> onnx.ModelProto:

@@ -39,14 +39,14 @@ LEAVES = frozenset(
 DRIVERS = frozenset(
     {
         *("__main__", "activations", "cli", "debug", "diff", "doctor", "evaluate", "inspect", "monitor"),
-        *("pipeline", "report", "runtime", "triton"),
+        *("pipeline", "report", "runtime", "serve", "triton"),
     }
 )
 """May import everything; nothing but drivers may import them."""
 STAGES = frozenset({"build", "observe", "package", "plugin", "rewrite", "trace", "verify"})
 TENSORRT_HOME = "fptq_export.build.tensorrt"
 TENSORRT = frozenset({"tensorrt", "tensorrt_rtx"})
-HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx")
+HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx", "fastapi", "uvicorn", "prometheus_client")
 """What no one waits for who only asks for help or reads a policy."""
 
 

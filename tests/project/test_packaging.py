@@ -61,6 +61,7 @@ PACKAGES = {
     "fptq_export/rewrite",
     "fptq_export/roofline",
     "fptq_export/runtime",
+    "fptq_export/serve",
     "fptq_export/trace",
     "fptq_export/triton",
     "fptq_export/triton/serving",
@@ -75,6 +76,7 @@ text, the typing marker."""
 
 OPTIONAL_IMPORTS = {
     *("datasets", "google", "jinja2", "lm_eval", "markupsafe", "matplotlib", "pynvml", "pytriton", "tensorrt"),
+    *("fastapi", "prometheus_client", "starlette", "uvicorn"),
     *("tensorrt_rtx", "triton_python_backend_utils", "tritonclient"),
 }
 """Imported only where an extra installs them (google.protobuf with tritonclient), or where Triton gives them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import shutil
@@ -9,7 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
+from fptq_export.cli import main
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = sorted(
@@ -18,10 +24,19 @@ SAMPLES = sorted(
 SECTIONS = ("Introduction", "Running the sample", "Files written")
 SECONDS_PER_SAMPLE = 900
 """Finds what hangs. A sample takes two minutes, and several times that where other work shares its cores."""
-QUANTIZED_BEFORE = ("01_quickstart", "02_ablation", "03_weight_methods", "04_evaluate")
-"""Samples that find a finished run in `run/`, as in a second run; that of 01_quickstart has its options."""
-ENCODED_BEFORE = ("05_sentence_embeddings",)
-"""Samples that find a finished run of the sentence encoder in `run/`."""
+STARTS = {
+    "01_quickstart": ("smollm2_gguf", "smollm2_run"),
+    "02_ablation": ("three_tiers_dir", "three_tiers_run"),
+    "03_weight_methods": ("three_tiers_dir", "three_tiers_run"),
+    "04_evaluate": ("smollm2_gguf", "smollm2_run"),
+    "05_sentence_embeddings": ("smollm2_gguf", "minilm_run"),
+}
+"""Sample -> fixtures of its `MODEL`, and of what it finds in `run/`, as in a second run; that of 01_quickstart has its
+options. 02 and 03 stay in torch, with fake quantization, as one of the systems of 04 does on SmolLM2."""
+MODEL_ALONE = ("smollm2_gguf",)
+"""Of the samples that find nothing."""
+LOUD = {0: 10.0, 1: 100.0}
+"""Layer -> factor of its norms, whose output is around 4 at most: all three tiers, as in SmolLM2."""
 
 _SECTION = re.compile(r"^## +(.+?) *$", re.MULTILINE)
 _BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -69,24 +84,41 @@ def test_sample_has_its_sections_and_a_number(sample: Path) -> None:
     assert set(SECTIONS) <= set(sections_of((sample / "README.md").read_text(encoding="utf-8")))
 
 
+@pytest.fixture(scope="module")
+def three_tiers_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLaMA with loud layers."""
+    directory = Path(shutil.copytree(tiny_llama_dir, tmp_path_factory.mktemp("loud") / "model"))
+    tensors = load_file(directory / "model.safetensors")
+    for layer, factor in LOUD.items():
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] *= np.float32(factor)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def three_tiers_run(three_tiers_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run/` with what `fptq-export trace` writes."""
+    run = tmp_path_factory.mktemp("traced") / "run"
+    assert main(["trace", str(three_tiers_dir), "-o", str(run)]) == 0
+    logging.disable(logging.NOTSET)
+    return run
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(2 * SECONDS_PER_SAMPLE)  # with the run that some of them start from
+@pytest.mark.timeout(2 * SECONDS_PER_SAMPLE)  # with the run that it starts from
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.name)
-def test_sample_runs_and_writes_what_it_promises(
-    sample: Path, tmp_path: Path, smollm2_gguf: Path, request: pytest.FixtureRequest
-) -> None:
+def test_sample_runs_and_writes_what_it_promises(sample: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Its commands succeed in a copy of the folder; promised files appear and nothing else does."""
     readme = (sample / "README.md").read_text(encoding="utf-8")
     copy = Path(shutil.copytree(sample, tmp_path / sample.name))
-    if sample.name in QUANTIZED_BEFORE:
-        shutil.copytree(request.getfixturevalue("smollm2_run"), copy / "run")
-    if sample.name in ENCODED_BEFORE:
-        shutil.copytree(request.getfixturevalue("minilm_run"), copy / "run")
+    model, *runs = (request.getfixturevalue(name) for name in STARTS.get(sample.name, MODEL_ALONE))
+    for run in runs:
+        shutil.copytree(run, copy / "run")
     before = files_below(copy)
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "MODEL": str(smollm2_gguf),
+        "MODEL": str(model),
         "FPTQ_SAMPLE_QUICK": "1",
     }
     done = subprocess.run(
@@ -103,6 +135,9 @@ def test_sample_runs_and_writes_what_it_promises(
     promised = promised_files(readme)
     assert {name for name in promised if not (copy / name).exists()} == set(), "promised but not written"
     assert unexpected(before, files_below(copy), promised) == set(), "written but not promised"
+    if sample.name == "02_ablation":
+        tiers = json.loads((copy / "ablation.json").read_text(encoding="utf-8"))["layers"]
+        assert tiers.keys() == {"static", "lae_static", "per_token"}, "a row of the table did nothing"
 
 
 README = """# A sample

@@ -86,9 +86,10 @@ def test_ids_need_no_tokenizer() -> None:
         ([], "is empty"),
         ("", "is empty"),
         ([1, -1], "-1 is no token"),
+        ([1, VOCABULARY], f"{VOCABULARY} is no token"),
         ([1] * 6, "has 6 tokens, the model takes 5"),
     ],
-    ids=["no ids", "no text", "negative", "long"],
+    ids=["no ids", "no text", "negative", "beyond", "long"],
 )
 def test_prompt_that_cannot_be_read_is_refused(prompt: list[int] | str, cause: str) -> None:
     """Before the model is called."""

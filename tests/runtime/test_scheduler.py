@@ -10,6 +10,7 @@ import pytest
 
 from fptq_export.errors import UserError
 from fptq_export.runtime import Observer, Piece, Sampling, Scheduler, Session
+from fptq_export.runtime.refusals import QueueFullError, ShuttingDownError
 from fptq_export.runtime.scheduler import Event
 from tests.runtime.scripted import ScriptedModel, continue_alphabet, letters
 
@@ -106,7 +107,7 @@ def test_full_queue_refuses() -> None:
         first = scheduler.submit("a", Sampling(max_tokens=2))
         assert model.called.wait(WAIT)
         second = scheduler.submit("b", Sampling(max_tokens=2))
-        with pytest.raises(UserError, match="1 requests wait already"):
+        with pytest.raises(QueueFullError, match="1 requests wait already"):
             scheduler.submit("c")
         gate.release(100)
         assert (first.result().text, second.result().text) == ("bc", "cd")
@@ -122,6 +123,40 @@ def test_cancelled_text_ends_and_frees_its_place() -> None:
         gate.release(100)
         assert [piece.finish_reason for piece in first] == [None]
         assert second.result().text == "z"
+
+
+def test_cancelled_text_that_waits_leaves_the_queue_at_once() -> None:
+    """Clients that gave up must not keep others out while a long text runs."""
+    with held(max_active=1, max_queue=1) as (scheduler, model, gate):
+        running = scheduler.submit("a", Sampling(max_tokens=1))
+        assert model.called.wait(WAIT)
+        given_up = scheduler.submit("b")
+        given_up.cancel()
+        given_up.cancel()
+        assert list(given_up) == []
+        last = scheduler.submit("y", Sampling(max_tokens=1))
+        gate.release(100)
+        assert (running.result().text, last.result().text) == ("b", "z")
+        assert [ids[0] for ids in model.calls] == [0, 24]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_thread_that_died_is_noticed() -> None:
+    """A bug that ends the thread leaves a server that answers nobody: it must be started again."""
+
+    class Broken(Recorder):
+        def started(self, queue_seconds: float, prompt_tokens: int) -> None:
+            raise RuntimeError("a bug")
+
+    with held() as (scheduler, _, _):
+        assert scheduler.is_alive
+        scheduler.close()
+        assert scheduler.is_alive, "it ended on purpose"
+    scheduler = Scheduler(session(), observer=Broken())
+    scheduler.submit("a")
+    (thread,) = scheduler._threads
+    thread.join(WAIT)
+    assert not scheduler.is_alive
 
 
 def test_result_of_a_cancelled_text_is_an_error() -> None:
@@ -168,7 +203,7 @@ def test_closing_finishes_what_was_asked_for() -> None:
         closer.start()
         while not scheduler.is_closing:
             pass
-        with pytest.raises(UserError, match="shutting down"):
+        with pytest.raises(ShuttingDownError, match="shutting down"):
             scheduler.submit("a")
         gate.release(100)
         assert [handle.result().text for handle in handles] == ["wxyz", "xyz"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from tests.support.traced import causal_feed
+from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
+from fptq_export.rewrite.fold_equalization import FoldEqualization
+from fptq_export.tasks import SEQ2SEQ_DECODER, auto_class
+from tests.support.traced import Traced, causal_feed
 
-__all__ = ["TeacherForced", "decoder_feed", "seq2seq_model"]
+__all__ = ["SpeechForced", "TeacherForced", "decoder_feed", "folded_graph", "seq2seq_model", "speech_feed"]
 
 
 def seq2seq_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The whole model of a checkpoint, as transformers loads it; parameters that share storage are set apart."""
-    from transformers import AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
-    model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").to(dtype)
+    whole = auto_class(AutoConfig.from_pretrained(directory), SEQ2SEQ_DECODER)
+    model = whole.from_pretrained(directory, dtype=dtype, attn_implementation="eager").to(dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
@@ -48,6 +53,47 @@ class TeacherForced(nn.Module):
             return Seq2SeqLMOutput(logits=self._model.get_encoder()(input_ids=input_ids).last_hidden_state)
         output = self._model(input_ids=self._source, decoder_input_ids=input_ids, use_cache=False)
         return Seq2SeqLMOutput(logits=output.logits)
+
+
+class SpeechForced(nn.Module):
+    """A half of a model of speech as a function of tokens, behind or instead of which its features are given.
+
+    Args:
+        model: The whole model.
+        half: `encoder` or `decoder`.
+        features: float32 [batch, mel bins, frames].
+    """
+
+    def __init__(self, model: nn.Module, half: str, features: NDArray[np.float32]) -> None:
+        super().__init__()
+        self._model: Any = model
+        self._encodes = half == "encoder"
+        self._features = torch.from_numpy(features).to(next(model.parameters()).dtype)
+
+    def forward(self, input_ids: torch.Tensor) -> Seq2SeqLMOutput:
+        """Hidden states of the encoder, which reads no tokens, or logits of the decoder."""
+        if self._encodes:
+            return Seq2SeqLMOutput(logits=self._model.get_encoder()(self._features).last_hidden_state)
+        output = self._model(input_features=self._features, decoder_input_ids=input_ids, use_cache=False)
+        return Seq2SeqLMOutput(logits=output.logits)
+
+
+def folded_graph(traced: Traced, scales: Mapping[str, NDArray[np.float32]], target: Path) -> Path:
+    """Write a traced graph with the equalization of its sites folded in."""
+    graph = load_graph(traced.model)
+    FoldEqualization(traced.sites, scales)(graph)
+    write_weights(graph, data_path(target))
+    save_graph(graph, target)
+    return target
+
+
+def speech_feed(
+    graph: Path, ids: NDArray[np.int64], hidden: NDArray[np.float32], past: dict[str, NDArray[Any]] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Inputs of a decoder of speech: as `decoder_feed`, without a mask of the source."""
+    feed = decoder_feed(graph, ids, hidden, past=past)
+    del feed["encoder_attention_mask"]
+    return feed
 
 
 def decoder_feed(

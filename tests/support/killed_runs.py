@@ -38,12 +38,13 @@ def _main(model: str, files: list[str], words: list[str]) -> None:
     import onnxruntime
     from transformers import AutoConfig
 
-    import fptq_export.pipeline
+    import fptq_export.pipeline.road
+    from fptq_export.pipeline.environment import library_versions
     from fptq_export.trace import from_hf
     from tests.support.trace_once import remembered
 
-    assert onnxruntime
-    assert fptq_export.pipeline  # imported before the fork
+    assert onnxruntime, fptq_export.pipeline.road  # imported before the fork
+    library_versions()
     from_hf.traced_from_config = remembered(from_hf.traced_from_config)
     from_hf.traced_from_config(AutoConfig.from_pretrained(model), "fp16")
     results = []

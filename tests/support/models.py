@@ -23,6 +23,7 @@ __all__ = [
     "tiny_llama",
     "tiny_opt",
     "tiny_t5",
+    "tiny_whisper",
 ]
 
 SMALL = ("--calib-size", "2", "--calib-seq", "64", "--eval-windows", "1", "--eval-seq", "80", "--decode-steps", "4")
@@ -143,3 +144,14 @@ def tiny_t5(*, gated: bool, layers: int = 1) -> PretrainedConfig:
     head: dict[str, Any] = {"tie_word_embeddings": not gated}
     mlp = "gated-gelu" if gated else "relu"
     return T5Config(**sizes, **tokens, **head, num_layers=layers, feed_forward_proj=mlp)
+
+
+def tiny_whisper() -> PretrainedConfig:
+    """Two convolutions before the encoder, LayerNorm before each part, keys without a bias, tied head; one layer."""
+    from transformers import WhisperConfig
+
+    layers = {"layers": 1, "attention_heads": 4, "ffn_dim": 128}
+    halves: dict[str, Any] = {f"{half}_{name}": it for half in ("encoder", "decoder") for name, it in layers.items()}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1}
+    tables: dict[str, Any] = {"num_mel_bins": 16, "max_source_positions": 12, "max_target_positions": 96}
+    return WhisperConfig(**halves, **tokens, **tables, d_model=64, vocab_size=512, init_std=_SPREAD)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Reply", "TritonServer"]
+__all__ = ["Reply", "TritonServer", "free_ports"]
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 120
@@ -41,7 +41,8 @@ class Reply:
         return [json.loads(line[len("data: ") :]) for line in self.text.splitlines() if line.startswith("data: ")]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody has."""
     sockets = [socket.socket() for _ in range(count)]
     for item in sockets:
         item.bind((_HOST, 0))
@@ -76,7 +77,7 @@ class TritonServer:
 
     def start(self) -> None:
         """Start it, and wait until it is ready."""
-        self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
+        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
         options = [
             *(f"--{kind}-address={_HOST}" for kind in ("http", "grpc", "metrics")),
             *(f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}", f"--metrics-port={self.metrics_port}"),
@@ -119,9 +120,16 @@ class TritonServer:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def is_ready(self) -> bool:
+        """Whether it answers, and every model it was to load is loaded."""
+        return self._is_healthy("ready")
+
+    def is_live(self) -> bool:
         """Whether it answers."""
+        return self._is_healthy("live")
+
+    def _is_healthy(self, how: str) -> bool:
         try:
-            return self.get("/v2/health/ready").status == 200
+            return self.get(f"/v2/health/{how}").status == 200
         except OSError:
             return False
 

@@ -45,7 +45,8 @@ def server(repository: Path, triton_wheel: None, tmp_path_factory: pytest.TempPa
     """The server on the repository, with `tiny` loaded; others are loaded by name."""
     directory = tmp_path_factory.mktemp("tritonserver")
     layout = wheel_server(directory)
-    options = ("--model-repository", str(repository), "--model-control-mode=explicit", "--load-model=tiny")
+    options = ["--model-repository", str(repository), "--model-control-mode=explicit", "--load-model=tiny"]
+    options.append("--log-verbose=1")  # says which texts were cancelled
     server = TritonServer((*layout.command, *options), layout.environment, directory / "log")
     server.start()
     yield server

@@ -19,7 +19,11 @@ GENERATE, STREAM = "/v2/models/tiny/generate", "/v2/models/tiny/generate_stream"
 SECONDS = 60.0
 SAMPLED: Mapping[str, Any] = {"temperature": 0.75, "top_k": 40, "top_p": 0.5, "seed": 3}
 """Floats that FP32 holds exactly, so that the server samples with the same numbers."""
-TYPES = {"temperature": ("FP32", np.float32), "top_k": ("INT32", np.int32), "top_p": ("FP32", np.float32)}
+TYPES: dict[str, tuple[str, Any]] = {
+    "temperature": ("FP32", np.float32),
+    "top_k": ("INT32", np.int32),
+    "top_p": ("FP32", np.float32),
+}
 TYPES |= {"seed": ("INT64", np.int64), "max_tokens": ("INT32", np.int32), "stream": ("BOOL", np.bool_)}
 TYPES |= {"ignore_eos": ("BOOL", np.bool_)}
 

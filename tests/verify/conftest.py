@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-VOCABULARY = 128
-LAYERS = 2
+from tests.support.traced import Traced, torch_logits
+
+VOCABULARY = 512
 
 
 @dataclass(frozen=True)
@@ -26,87 +26,20 @@ class TinyLlama:
     ids: NDArray[np.int64]
     """[2, 24]"""
     torch_logits: NDArray[np.float32]
-    """FP32, [2, 24, 128]"""
+    """FP32, [2, 24, 512]"""
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
-    """Two layers, grouped-query attention; weights in external data. Drawn widely, so that context sways the logits."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-    )
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+def tiny_llama(llama_fp32: Traced, llama_fp16: Traced, tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
+    """The traced graphs under names of their own. Two layers, grouped-query attention; weights in external data."""
     directory = tmp_path_factory.mktemp("tiny-llama-onnx")
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 24))
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids)).logits.numpy()
-    fp32 = _export(model, directory / "fp32.onnx")
-    fp16 = _export(model.half(), directory / "fp16.onnx")
-    return TinyLlama(fp32, fp16, ids, logits)
+    fp32, fp16 = (_renamed(traced.model, directory / f"{traced.dtype}.onnx") for traced in (llama_fp32, llama_fp16))
+    return TinyLlama(fp32, fp16, ids, torch_logits(llama_fp32.checkpoint, ids))
 
 
-def _export(model: Any, path: Path) -> Path:
-    import torch
-    from transformers import DynamicCache
-
-    class WithFlatCache(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=DynamicCache(past),
-                use_cache=True,
-            )
-            return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-
-    batch, length, past = 2, 3, 5
-    config = model.config
-    cache = [
-        tuple(
-            torch.zeros(batch, config.num_key_value_heads, past, config.head_dim, dtype=model.dtype) for _ in range(2)
-        )
-        for _ in range(config.num_hidden_layers)
-    ]
-    # Two tensors: torch.export takes one tensor in two places for one input.
-    ids, positions = (torch.zeros(batch, length, dtype=torch.long) for _ in range(2))
-    mask = torch.ones(batch, length + past, dtype=torch.long)
-    auto = torch.export.Dim.AUTO
-    ids_axes, cache_axes = {0: auto, 1: auto}, {0: auto, 2: auto}
-    names = [f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        program = torch.export.export(
-            WithFlatCache(),
-            (ids, mask, positions, cache),
-            dynamic_shapes=(ids_axes, ids_axes, ids_axes, [(cache_axes, cache_axes)] * config.num_hidden_layers),
-        )
-        exported = torch.onnx.export(
-            program,
-            (),
-            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in names)],
-            output_names=["logits", *(f"present.{name}" for name in names)],
-            opset_version=21,
-            verbose=False,
-        )
-    assert exported is not None
-    ir.save(exported.model, str(path), external_data=f"{path.name}.data")
+def _renamed(graph: Path, path: Path) -> Path:
+    ir.save(ir.load(graph), path, external_data=f"{path.name}.data")
     return path
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fptq_export.files import read_json_model
 from fptq_export.runtime import Session
-from fptq_export.runtime.source import Limits
+from fptq_export.runtime.limits import Limits
 from fptq_export.runtime.text import tokenizer_from_directory
 from fptq_export.triton.serving.called_plan import CALLED_PLAN_FILE, CalledPlan
 from fptq_export.triton.serving.plan_session import PlanSession

@@ -30,6 +30,7 @@ class Responder:
         self._sender = sender
         self._stream = stream
         self._pieces: list[Piece] = []
+        self._tokens = 0
 
     def __call__(self, event: Piece | Exception | None) -> None:
         """Send a piece, or keep it for the answer; send an error, or the end of a text that was cancelled.
@@ -44,6 +45,7 @@ class Responder:
             self._close_cancelled()
             raise CancelledError
         self._pieces.append(event)
+        self._tokens += 1
         if self._stream or event.finish_reason is not None:
             self._send()
 
@@ -60,6 +62,7 @@ class Responder:
         self._sender.send(response, flags=final if reason is not None else 0)
 
     def _close_cancelled(self) -> None:
+        self._backend.Logger.log_verbose(f"cancelled after {self._tokens} tokens")
         error = self._backend.TritonError("request was cancelled", self._backend.TritonError.CANCELLED)
         response = self._backend.InferenceResponse(output_tensors=[], error=error)
         self._sender.send(response, flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -49,6 +49,8 @@ class TextModel(ABC):
         self._backend: Any = triton_python_backend_utils
         version = ServedVersion(args)
         self._session = self.open_session(version, self._backend)
+        if self._session.tokenizer is None:
+            raise UserError(str(version.directory), "has no tokenizer.json", "write it again: fptq-export triton")
         if self._session.note:
             self._backend.Logger.log_info(f"{version.name}: {self._session.note}")
         limits = {key: value for key in ("max_active", "max_queue") if (value := parameter_of(version.config, key))}
