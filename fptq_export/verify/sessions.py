@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.verify.all_logits import gives_last_only, graph_with_all_logits
 from fptq_export.verify.causal_inputs import PAST, PRESENT, SCALE, WRITE_INDICES, feed_from_ids
+from fptq_export.verify.ort_form import ORT_ERRORS, OrtForm, first_line, register_operators
 from fptq_export.verify.ort_values import (
     DTYPE_FROM_ORT_TYPE,
     array_from_ort_value,
@@ -53,11 +54,6 @@ _FLOAT32_ACCURACY = "1"
 _FATAL_ONLY = 4
 """ONNX Runtime severity; its errors reach us as exceptions, so its own lines on stderr would say them twice."""
 
-# They share no base class but Exception.
-ORT_ERRORS = tuple(
-    error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)
-)
-
 
 class CausalSession(Protocol):
     """A causal language model that can be compared: graph, torch module or engine. Its cache is opaque."""
@@ -82,16 +78,6 @@ class OnnxCache:
     [B, H, slots, D] with slots >= length. INT8 codes have scales [B, H, length, 1] beside them."""
     length: int
     """Tokens in the cache."""
-
-
-@dataclass(frozen=True)
-class OrtForm:
-    """Another form of a graph, which ONNX Runtime runs in its place."""
-
-    graph: bytes
-    """Protobuf; weights that are not inside lie beside the graph that it is a form of."""
-    operators: Path
-    """Library with its custom operators."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +260,7 @@ def session_from_path(
     if threads is not None:
         options.intra_op_num_threads = threads
     if isinstance(graph, OrtForm):
-        _register_operators(options, graph.operators)
+        register_operators(options, graph.operators)
         graph = graph.graph
     try:
         return ort.InferenceSession(str(path) if graph is None else graph, options, providers=["CPUExecutionProvider"])
@@ -290,14 +276,6 @@ def session_from_path(
             f"ONNX Runtime cannot open it ({first_line(error)})",
             "see that the weights file lies beside it whole, or export the model again",
         ) from error
-
-
-def _register_operators(options: Any, library: Path) -> None:
-    try:
-        options.register_custom_ops_library(str(library))
-    except ORT_ERRORS as error:
-        cause = f"ONNX Runtime cannot load these operators ({first_line(error)})"
-        raise UserError(str(library), cause, "build them again: python -m fptq_export.cpu build") from error
 
 
 def _with_slots(value: Any, slots: int) -> Any:
@@ -363,8 +341,3 @@ def _shape_problems(names: Any, inputs: Mapping[str, Any]) -> list[Problem]:
                 Problem(name, f"shape {shape} is not [batch, heads, past, head size], the 2nd and 4th fixed")
             )
     return problems
-
-
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its stack."""
-    return str(error).strip().partition("\n")[0]
