@@ -48,9 +48,9 @@ def engine_models(options: TritonOptions, manifest: Manifest) -> Models:
     needs = [f"TensorRT {needed.library_version}", *_gpus(needed)]
     problem = text_problem(facts)
     if problem is not None:
-        return Models((plan,), tuple(needs), _plugins(plan, plugin), notes=(f"no text model: {problem}",))
+        return Models((plan,), tuple(needs), plugin, notes=(f"no text model: {problem}",))
     text = _text_model(options, name, CalledPlan(plan=plan_name, stateful=_is_stateful(options), facts=facts), version)
-    return Models((plan, text), (*needs, NEEDS_PACKAGE), _plugins(plan, plugin))
+    return Models((plan, text), (*needs, NEEDS_PACKAGE), plugin)
 
 
 def _engine(options: TritonOptions, manifest: Manifest) -> tuple[Path, EngineFacts]:
@@ -90,10 +90,6 @@ def _plugin(facts: EngineFacts) -> Path | None:
         cause = f"is not the library that the engine was built with (sha256 {facts.plugin.sha256[:12]}...)"
         raise UserError(str(built_with), cause, "set FPTQ_PLUGIN_DIR to the folder of that library")
     return library_that_registers()
-
-
-def _plugins(plan: ModelVersion, plugin: Path | None) -> tuple[str, ...]:
-    return () if plugin is None else (f"{plan.name}/{plan.version}/{plugin.name}",)
 
 
 def _gpus(facts: EngineFacts) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ class Models:
     """In the order in which a server may see them: an engine before the text model that calls it."""
     needs: tuple[str, ...]
     """What the server must have, in words."""
-    plugins: tuple[str, ...] = ()
-    """Libraries the server must load, relative to the repository."""
+    plugin: Path | None = None
+    """The plugin library that an engine needs."""
     notes: tuple[str, ...] = ()
 
 

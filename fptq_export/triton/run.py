@@ -13,6 +13,7 @@ from fptq_export.package.manifest import manifest_of_run
 from fptq_export.triton.engine_models import engine_models
 from fptq_export.triton.models import Models
 from fptq_export.triton.options import TritonOptions
+from fptq_export.triton.plugins import check_plugin, plugins_of
 from fptq_export.triton.report import REPORT_FILE, ModelEntry, TritonReport
 from fptq_export.triton.repository import staging, write_script, write_version
 from fptq_export.triton.start_script import START_SCRIPT, start_script
@@ -43,9 +44,11 @@ def run_triton(options: TritonOptions, command: str) -> TritonReport:
     except Timeout:
         raise UserError(str(options.repository), "another command writes into it", "wait for it") from None
     with lock, staging(options.repository.absolute()) as scratch:
+        check_plugin(options.repository, models.plugin)
         for model in models.versions:
             write_version(model, options.repository, scratch)
-        write_script(start_script(models.plugins), options.repository / START_SCRIPT)
+        plugins = plugins_of(options.repository)
+        write_script(start_script(plugins[-1] if plugins else None), options.repository / START_SCRIPT)
         write_json_model(report, options.repository / REPORT_FILE)
     return report
 

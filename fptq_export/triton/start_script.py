@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from pathlib import PurePath
 
 __all__ = ["START_SCRIPT", "start_script"]
 
@@ -25,15 +25,15 @@ exec "$@"
 """
 
 
-def start_script(plugins: Sequence[str]) -> str:
+def start_script(plugin: PurePath | None) -> str:
     """The script.
 
     Args:
-        plugins: Libraries that engines need, relative to the repository.
+        plugin: The library that engines need, relative to the repository; None where none needs it.
     """
-    # Triton opens each of them and logs what goes wrong; the engine then fails to load.
-    paths = ";".join(f"$here/{plugin}" for plugin in plugins)
-    options = f' --backend-config="tensorrt,plugins={paths}"' if plugins else ""
-    if any(shlex.quote(plugin) != plugin for plugin in plugins):
+    if plugin is None:
+        return _SCRIPT.replace("{options}", "")
+    if shlex.quote(str(plugin)) != str(plugin):
         raise AssertionError("names of models and libraries need no quotes")
-    return _SCRIPT.replace("{options}", options)
+    # Triton opens the library and logs what goes wrong; the engine then fails to load.
+    return _SCRIPT.replace("{options}", f' --backend-config="tensorrt,plugins=$here/{plugin}"')

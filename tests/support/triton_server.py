@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ["Reply", "TritonServer", "free_ports"]
 
 _HOST = "127.0.0.1"
+_SHARED_MEMORY = Path("/dev/shm")
 _START_SECONDS = 120
 _STOP_SECONDS = 30
 _REQUEST_SECONDS = 60
@@ -71,6 +72,11 @@ class TritonServer:
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
+    def _shared_memory(self) -> str:
+        """What the names of its regions begin with."""
+        return f"triton-test-{self.http_port}-"
+
+    @property
     def grpc_address(self) -> str:
         """For tritonclient."""
         return f"{_HOST}:{self.grpc_port}"
@@ -82,6 +88,7 @@ class TritonServer:
             *(f"--{kind}-address={_HOST}" for kind in ("http", "grpc", "metrics")),
             *(f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}", f"--metrics-port={self.metrics_port}"),
             "--exit-timeout-secs=5",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
         ]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -110,10 +117,12 @@ class TritonServer:
         return code
 
     def kill(self) -> None:
-        """End it and its models' processes at once."""
+        """End it and its models' processes at once, and remove the shared memory that they could not."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(_STOP_SECONDS)
+        for region in _SHARED_MEMORY.glob(f"{self._shared_memory}*"):
+            region.unlink()
 
     def log_text(self) -> str:
         """What it has said."""

@@ -110,12 +110,14 @@ def test_text_ends_where_the_cache_does(server: TritonServer, served: tuple[str,
     assert answer["finish_reason"] == "length"
 
 
-def test_engine_that_is_gone_is_an_answer(server: TritonServer, served: tuple[str, Path]) -> None:
-    """A text model whose engine is not loaded says so, and works again when it is."""
-    name, _ = served
-    assert server.unload(f"{name}-plan").status == 200
-    reply = server.post(f"/v2/models/{name}/generate", {"text_input": PROMPT})
-    assert reply.status >= 400
-    assert "cannot run" in reply.document["error"]
-    assert server.load(f"{name}-plan").status == 200
-    assert generated(server, name, max_tokens=2)["finish_reason"] == "length"
+def test_engine_that_is_not_loaded_is_an_answer(
+    server: TritonServer, repository: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """The text model says which model it lacks, and the server lives."""
+    run = engine_run(finished_run, tmp_path / "run", "concat")
+    run_triton(TritonOptions(source=run, repository=repository, name="lonely"), "fptq-export triton")
+    assert server.load("lonely").status == 200
+    reply = server.post("/v2/models/lonely/generate", {"text_input": PROMPT})
+    assert reply.status == 400
+    assert "lonely-plan version 1: cannot run" in reply.document["error"]
+    assert server.is_live()

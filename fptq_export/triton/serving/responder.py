@@ -8,8 +8,13 @@ import numpy as np
 
 from fptq_export.errors import UserError
 from fptq_export.runtime import Piece
+from fptq_export.runtime.refusals import QueueFullError, ShuttingDownError
 
 __all__ = ["CancelledError", "Responder", "send_error"]
+
+
+_LATER = (QueueFullError, ShuttingDownError)
+"""What is not the request's fault."""
 
 
 class CancelledError(Exception):
@@ -74,7 +79,7 @@ def send_error(backend: Any, sender: Any, error: Exception) -> None:
     if not isinstance(error, UserError):
         code, text = kinds.INTERNAL, f"{type(error).__name__}: {error}"
     else:
-        code, text = kinds.UNAVAILABLE if error.where == "server" else kinds.INVALID_ARG, str(error)
+        code, text = kinds.UNAVAILABLE if isinstance(error, _LATER) else kinds.INVALID_ARG, str(error)
     response = backend.InferenceResponse(output_tensors=[], error=backend.TritonError(text, code))
     sender.send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
