@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from fptq_export.errors import UserError
 from fptq_export.plugin.tools import find_cmake, header_directories
+from tests.cpp_runner.model import pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "samples" / "06_cpp_runner"
@@ -91,7 +91,7 @@ def on_double(tests_program: Path) -> Runner:
 
     def run(*words: object, double: dict[str, Any] | None = None) -> Outcome:
         command = [str(tests_program), "double", *map(str, words)]
-        outcome = outcome_of(command, FPTQ_DOUBLE=json.dumps(double or {}))
+        outcome = outcome_of(command, FPTQ_DOUBLE=pairs(double or {}))
         assert "Sanitizer" not in outcome.err, outcome.err
         assert "runtime error" not in outcome.err, outcome.err
         assert outcome.code in (0, 1), outcome.err

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from fptq_export.runtime.sampling import Sampling, chosen_token
 
-__all__ = ["LIBRARY_VERSION", "Spec", "completion", "keys_and_values", "logits", "write_plan"]
+__all__ = ["LIBRARY_VERSION", "Spec", "completion", "keys_and_values", "logits", "pairs", "write_plan"]
 
 LIBRARY_VERSION = (1, 7, 1, 116)
 
@@ -38,12 +37,17 @@ class Spec:
 
 
 def write_plan(path: Path, spec: Spec) -> Path:
-    """An engine for the double: a header as TensorRT for RTX writes it, and the model as JSON."""
-    fields = {("width" if name == "head_size" else name): value for name, value in asdict(spec).items()}
-    body = json.dumps(fields).encode()
+    """An engine for the double: a header as TensorRT for RTX writes it, and the model in words."""
+    body = pairs(asdict(spec)).encode()
     header = b"vtrt".ljust(16, b"\0") + struct.pack("<Q", 32 + len(body)) + bytes(LIBRARY_VERSION) + bytes(4)
     path.write_bytes(header + body)
     return path
+
+
+def pairs(settings: Mapping[str, object]) -> str:
+    """Settings as the double reads them: names and values between spaces, truth as 1 and 0."""
+    words = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
+    return " ".join(f"{name} {value}" for name, value in words.items())
 
 
 def keys_and_values(tokens: Sequence[int], spec: Spec, layer: int, kind: int) -> NDArray[np.int64]:

@@ -92,7 +92,7 @@ def test_engine_in_order_is_checked_and_runs(on_double: Runner, engine: Engine) 
 def test_same_words_as_doctor_for_a_changed_file(on_double: Runner, engine: Engine) -> None:
     """The engine, or the manifest, is not the one that was recorded: both tools say it alike."""
     content = bytearray(engine.plan.read_bytes())
-    content[-2] = ord(" ")
+    content[30] ^= 1  # a byte of the header that says nothing
     engine.plan.write_bytes(content)
     python = report_on_plan(PlanQuestion(engine.plan, engine.run), machine_of_here())
     (text,) = (check.text for check in python.checks if check.what == "manifest" and check.status == "problem")

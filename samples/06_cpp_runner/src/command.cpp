@@ -67,6 +67,7 @@ int RunInfer(const Arguments& arguments, Machine& machine, std::ostream& err) {
   const std::vector<NamedTensors> calls = LoadInputs(arguments.load_inputs);
   const Opened opened = OpenOrThrow(arguments, machine);
   std::vector<IterationResult> results;
+  results.reserve(calls.size());
   for (const NamedTensors& inputs : calls) results.push_back(RunOnce(*opened.device, *opened.engine, inputs));
   SaveOutputs(arguments.save_outputs, kRunner, results);
   err << calls.size() << (calls.size() == 1 ? " call" : " calls") << ": " << arguments.save_outputs << "\n";

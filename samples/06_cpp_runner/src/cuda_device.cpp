@@ -30,38 +30,48 @@ class Driver {
  public:
   Driver() : library_(OpenDriver()) {}
 
-#define FPTQ_DRIVER(member, function, symbol) \
-  decltype(&(function)) member = library_.Get<std::remove_pointer_t<decltype(&(function))>>(symbol)
-
  private:
   SharedLibrary library_;
 
- public:
-  FPTQ_DRIVER(init, cuInit, "cuInit");
-  FPTQ_DRIVER(error_string, cuGetErrorString, "cuGetErrorString");
-  FPTQ_DRIVER(count, cuDeviceGetCount, "cuDeviceGetCount");
-  FPTQ_DRIVER(get, cuDeviceGet, "cuDeviceGet");
-  FPTQ_DRIVER(name, cuDeviceGetName, "cuDeviceGetName");
-  FPTQ_DRIVER(attribute, cuDeviceGetAttribute, "cuDeviceGetAttribute");
-  FPTQ_DRIVER(retain, cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
-  FPTQ_DRIVER(release, cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2");
-  FPTQ_DRIVER(set_current, cuCtxSetCurrent, "cuCtxSetCurrent");
-  FPTQ_DRIVER(stream_create, cuStreamCreate, "cuStreamCreate");
-  FPTQ_DRIVER(stream_destroy, cuStreamDestroy, "cuStreamDestroy_v2");
-  FPTQ_DRIVER(synchronize, cuStreamSynchronize, "cuStreamSynchronize");
-  FPTQ_DRIVER(allocate, cuMemAlloc, "cuMemAlloc_v2");
-  FPTQ_DRIVER(free, cuMemFree, "cuMemFree_v2");
-  FPTQ_DRIVER(to_device, cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2");
-  FPTQ_DRIVER(to_host, cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2");
-  FPTQ_DRIVER(set_bytes, cuMemsetD8Async, "cuMemsetD8Async");
-  FPTQ_DRIVER(begin_capture, cuStreamBeginCapture, "cuStreamBeginCapture_v2");
-  FPTQ_DRIVER(end_capture, cuStreamEndCapture, "cuStreamEndCapture");
-  FPTQ_DRIVER(instantiate, cuGraphInstantiateWithFlags, "cuGraphInstantiateWithFlags");
-  FPTQ_DRIVER(launch, cuGraphLaunch, "cuGraphLaunch");
-  FPTQ_DRIVER(graph_destroy, cuGraphDestroy, "cuGraphDestroy");
-  FPTQ_DRIVER(exec_destroy, cuGraphExecDestroy, "cuGraphExecDestroy");
+  // Becomes a pointer to whatever function it is assigned to.
+  class Symbol {
+   public:
+    Symbol(const SharedLibrary& library, const char* name) : library_(library), name_(name) {}
+    template <typename Function>
+    operator Function*() const {  // NOLINT(*-explicit-constructor): it is there to convert
+      return library_.Get<Function>(name_);
+    }
 
-#undef FPTQ_DRIVER
+   private:
+    const SharedLibrary& library_;
+    const char* name_;
+  };
+  [[nodiscard]] Symbol Find(const char* name) const { return {library_, name}; }
+
+ public:
+  decltype(&cuInit) init = Find("cuInit");
+  decltype(&cuGetErrorString) error_string = Find("cuGetErrorString");
+  decltype(&cuDeviceGetCount) count = Find("cuDeviceGetCount");
+  decltype(&cuDeviceGet) get = Find("cuDeviceGet");
+  decltype(&cuDeviceGetName) name = Find("cuDeviceGetName");
+  decltype(&cuDeviceGetAttribute) attribute = Find("cuDeviceGetAttribute");
+  decltype(&cuDevicePrimaryCtxRetain) retain = Find("cuDevicePrimaryCtxRetain");
+  decltype(&cuDevicePrimaryCtxRelease) release = Find("cuDevicePrimaryCtxRelease_v2");
+  decltype(&cuCtxSetCurrent) set_current = Find("cuCtxSetCurrent");
+  decltype(&cuStreamCreate) stream_create = Find("cuStreamCreate");
+  decltype(&cuStreamDestroy) stream_destroy = Find("cuStreamDestroy_v2");
+  decltype(&cuStreamSynchronize) synchronize = Find("cuStreamSynchronize");
+  decltype(&cuMemAlloc) allocate = Find("cuMemAlloc_v2");
+  decltype(&cuMemFree) free = Find("cuMemFree_v2");
+  decltype(&cuMemcpyHtoDAsync) to_device = Find("cuMemcpyHtoDAsync_v2");
+  decltype(&cuMemcpyDtoHAsync) to_host = Find("cuMemcpyDtoHAsync_v2");
+  decltype(&cuMemsetD8Async) set_bytes = Find("cuMemsetD8Async");
+  decltype(&cuStreamBeginCapture) begin_capture = Find("cuStreamBeginCapture_v2");
+  decltype(&cuStreamEndCapture) end_capture = Find("cuStreamEndCapture");
+  decltype(&cuGraphInstantiateWithFlags) instantiate = Find("cuGraphInstantiateWithFlags");
+  decltype(&cuGraphLaunch) launch = Find("cuGraphLaunch");
+  decltype(&cuGraphDestroy) graph_destroy = Find("cuGraphDestroy");
+  decltype(&cuGraphExecDestroy) exec_destroy = Find("cuGraphExecDestroy");
 
   void Check(CUresult result, const char* what, const char* next = "") const {
     if (result == CUDA_SUCCESS) return;

@@ -1,4 +1,5 @@
 #include <optional>
+#include <stdexcept>
 
 #include "cuda_device.h"
 #include "fptq_run/command.h"
@@ -29,7 +30,8 @@ class RealMachine final : public Machine {
 
   std::unique_ptr<Engine> OpenEngine(const std::string& plan, const std::string& plugin,
                                      Device& /*device*/) override {
-    return LoadEngine(library_.value(), plan, plugin, *device_);
+    if (!library_.has_value() || device_ == nullptr) throw std::logic_error("library and device come first");
+    return LoadEngine(*library_, plan, plugin, *device_);
   }
 
  private:

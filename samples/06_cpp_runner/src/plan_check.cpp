@@ -85,7 +85,7 @@ std::optional<Run> RunOfEngine(const std::string& plan, const std::string& direc
     if (!build.is_object()) continue;
     for (const Json& output : build.at("outputs")) {
       const fs::path path = output.at("path").get<std::string>();
-      const Run run{place, build, output.at("sha256").get<std::string>()};
+      Run run{place, build, output.at("sha256").get<std::string>()};
       if (run.sha256 == sha256) return run;
       if (path.filename() == fs::path(plan).filename()) named = run;
     }
@@ -138,7 +138,7 @@ Check ProofCheck(const Run& run) {
   if (!fs::is_regular_file(path)) {
     return {"proof", Status::kNote, path.string() + " is not here, so it was not looked at", ""};
   }
-  if (Sha256FromFile(path.string()) != record->at("sha256")) {
+  if (Sha256FromFile(path.string()) != record->at("sha256").get<std::string>()) {
     return {"proof", Status::kProblem,
             path.string() + " is not the one that was recorded: it or the manifest was changed", kBuildAgain};
   }

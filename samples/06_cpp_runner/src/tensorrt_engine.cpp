@@ -18,12 +18,12 @@ class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
     if (severity > Severity::kERROR) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     errors_ += (errors_.empty() ? "" : "; ") + std::string(message);
   }
 
   std::string Take() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     std::string errors = errors_.empty() ? "it says no reason" : errors_;
     errors_.clear();
     return errors;

@@ -7,10 +7,10 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <sstream>
 #include <vector>
 
 #include "fptq_run/error.h"
-#include "json.h"
 
 namespace fptq_run {
 namespace {
@@ -108,6 +108,25 @@ void RecordedGraph::Launch() {
   for (const Work& item : work_) device_.Queue(item);
 }
 
+// Pairs of words: a name and its value.
+class Settings {
+ public:
+  Settings() = default;
+  explicit Settings(std::istream& words) {
+    for (std::string name, value; words >> name >> value;) values_[name] = value;
+  }
+  [[nodiscard]] std::string Text(const std::string& name, const std::string& otherwise) const {
+    const auto found = values_.find(name);
+    return found == values_.end() ? otherwise : found->second;
+  }
+  [[nodiscard]] std::int64_t Number(const std::string& name, std::int64_t otherwise) const {
+    return std::stoll(Text(name, std::to_string(otherwise)));
+  }
+
+ private:
+  std::map<std::string, std::string> values_;
+};
+
 // What a plan of the double says.
 struct Spec {
   bool is_static, int8;
@@ -116,20 +135,20 @@ struct Spec {
   std::string ids, type, logits;    // "int64", "float16", "all" or "last"
   bool two_profiles;                // one for prompts, one for one token behind them
 
-  explicit Spec(const Json& json)
-      : is_static(json.value("static", false)),
-        int8(json.value("int8", false)),
-        layers(json.value("layers", 2)),
-        heads(json.value("heads", 2)),
-        width(json.value("width", 4)),
-        vocabulary(json.value("vocabulary", 37)),
-        batch(json.value("batch", 2)),
-        input(json.value("input", 8)),
-        past(json.value("past", 12)),
-        ids(json.value("ids", "int64")),
-        type(json.value("type", "float16")),
-        logits(json.value("logits", "all")),
-        two_profiles(json.value("two_profiles", false)) {}
+  explicit Spec(const Settings& settings)
+      : is_static(settings.Number("static", 0) != 0),
+        int8(settings.Number("int8", 0) != 0),
+        layers(settings.Number("layers", 2)),
+        heads(settings.Number("heads", 2)),
+        width(settings.Number("head_size", 4)),
+        vocabulary(settings.Number("vocabulary", 37)),
+        batch(settings.Number("batch", 2)),
+        input(settings.Number("input", 8)),
+        past(settings.Number("past", 12)),
+        ids(settings.Text("ids", "int64")),
+        type(settings.Text("type", "float16")),
+        logits(settings.Text("logits", "all")),
+        two_profiles(settings.Number("two_profiles", 0) != 0) {}
 
   [[nodiscard]] std::int64_t slots() const { return past + input; }
 };
@@ -393,23 +412,25 @@ class EngineDouble final : public Engine {
 class Double final : public Machine {
  public:
   Double() {
-    if (const char* text = std::getenv("FPTQ_DOUBLE")) settings_ = Json::parse(text);
+    const char* text = std::getenv("FPTQ_DOUBLE");
+    std::istringstream words(text == nullptr ? "" : text);
+    settings_ = Settings(words);
   }
 
   LibraryFacts OpenLibrary(const std::string& /*target*/, const std::string& path) override {
-    return {path.empty() ? "libtensorrt_rtx.so.1" : path, settings_.value("target", kRtx),
-            settings_.value("library_version", "1.7.1.116")};
+    return {path.empty() ? "libtensorrt_rtx.so.1" : path, settings_.Text("target", kRtx),
+            settings_.Text("library_version", "1.7.1.116")};
   }
   std::string PluginInfo(const std::string& path) override {
     std::ifstream file(path);
     return {std::istreambuf_iterator<char>(file), {}};
   }
   std::unique_ptr<Device> OpenDevice() override {
-    if (!settings_.value("gpu", true))
+    if (settings_.Number("gpu", 1) == 0)
       throw Error("GPU", "no NVIDIA GPU is visible, and an engine is loaded into one");
-    auto device =
-        std::make_unique<HostDevice>(settings_.value("compute_capability", "8.9"),
-                                     settings_.value("fail_allocation", 0), settings_.value("report", false));
+    auto device = std::make_unique<HostDevice>(settings_.Text("compute_capability", "8.9"),
+                                               static_cast<int>(settings_.Number("fail_allocation", 0)),
+                                               settings_.Number("report", 0) != 0);
     device_ = device.get();
     return device;
   }
@@ -417,11 +438,11 @@ class Double final : public Machine {
                                      Device& /*device*/) override {
     std::ifstream file(plan, std::ios::binary);
     file.seekg(kHeaderBytes);
-    return std::make_unique<EngineDouble>(Spec(Json::parse(file)), *device_);
+    return std::make_unique<EngineDouble>(Spec(Settings(file)), *device_);
   }
 
  private:
-  Json settings_ = Json::object();
+  Settings settings_;
   HostDevice* device_ = nullptr;
 };
 

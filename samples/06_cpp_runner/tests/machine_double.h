@@ -1,13 +1,13 @@
 // A machine that is a double: a device in the memory of the host, and an engine that is a tiny language model.
 //
-// The environment variable FPTQ_DOUBLE, a JSON object, says what is there:
-//   "gpu": false                 there is none
-//   "compute_capability": "8.9"
-//   "target", "library_version"  of the library that is found
-//   "fail_allocation": N         allocation N (from 1) fails
-//   "report": true               on standard error, what was done: calls, captures, launches
+// The environment variable FPTQ_DOUBLE, pairs of words, says what is there:
+//   gpu 0                  there is none
+//   compute_capability 8.9
+//   target NAME, library_version VERSION: of the library that is found
+//   fail_allocation N      allocation N (from 1) fails
+//   report 1               on standard error, what was done: calls, captures, launches
 //
-// The plan of the double: the header of TensorRT for RTX (32 bytes), then a JSON object; see `Spec`.
+// The plan of the double: the header of TensorRT for RTX (32 bytes), then pairs of words; see `Spec`.
 //
 // The model. Token t at position p has, in layer l, kind c (0 key, 1 value), head h, column d, the integer
 //   x = (7 t + 3 p + 5 l + 11 c + 2 h + d) mod 13 - 6,
