@@ -38,8 +38,10 @@ class CustomBuildHook(BuildHookInterface[Any]):
             build_data["force_include"][str(root / "plugins" / name)] = f"fptq_export/plugin/sources/{name}"
         for library in plugin:
             build_data["force_include"][str(library)] = f"fptq_export/plugin/lib/{library.name}"
-        if extension.is_file():
-            build_data["force_include"][str(extension)] = f"fptq_export/cpu/{extension.name}"
+        operators = extension.with_name("libfptq_ort_ops.so")
+        for library in (extension, operators):
+            if library.is_file():
+                build_data["force_include"][str(library)] = f"fptq_export/cpu/{library.name}"
         if not plugin and not extension.is_file():
             return
         python = f"cp{sys.version_info.major}{sys.version_info.minor}"

@@ -15,7 +15,7 @@ from fptq_export.errors import UserError
 from fptq_export.files import atomic_path
 from fptq_export.sources import build_root, source_root
 
-__all__ = ["build_extension", "extension_path", "missing_tools"]
+__all__ = ["build_extension", "extension_path", "missing_tools", "operators_path"]
 
 _PACKAGE = Path(__file__).parent
 _SOURCES = source_root() / "cpu"
@@ -26,6 +26,11 @@ _SHOWN_LINES = 20
 def extension_path() -> Path:
     """Where the module of this Python stands once it is built."""
     return _PACKAGE / f"_w4a8_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def operators_path() -> Path:
+    """Where the library with the operators of ONNX Runtime (domain `fptq.cpu`) stands once it is built."""
+    return _PACKAGE / "libfptq_ort_ops.so"
 
 
 def missing_tools() -> tuple[str, ...]:
@@ -41,7 +46,9 @@ def missing_tools() -> tuple[str, ...]:
 
 
 def build_extension(sources: Path = _SOURCES, work_dir: Path = _WORK_DIR) -> Path:
-    """Compile what changed since the last call, and put the module into this package in one step.
+    """Compile what changed since the last call, and put the module and the operators into this package.
+
+    Each file appears whole or not at all.
 
     Args:
         sources: Folder with the CMakeLists.txt.
@@ -63,8 +70,9 @@ def build_extension(sources: Path = _SOURCES, work_dir: Path = _WORK_DIR) -> Pat
     _run(["cmake", "-S", str(sources), "-B", str(work), f"-DPython_EXECUTABLE={sys.executable}"])
     _run(["cmake", "--build", str(work), "--parallel", str(os.cpu_count() or 1)])
     target = extension_path()
-    with atomic_path(target) as partial:
-        shutil.copyfile(work / target.name, partial)
+    for built in (operators_path(), target):
+        with atomic_path(built) as partial:
+            shutil.copyfile(work / built.name, partial)
     importlib.invalidate_caches()  # a failed import of this process may have cached the folder without the module
     return target
 

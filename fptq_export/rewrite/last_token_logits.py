@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from fptq_export.errors import UserError
+from fptq_export.rewrite.functions import DOMAIN, W4A8_PER_TOKEN, W4A8_STATIC
 from fptq_export.rewrite.matching import is_constant
 
 __all__ = ["LastTokenLogits"]
@@ -16,12 +17,15 @@ _TOKEN_AXIS = 1
 _TOKENWISE = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast"})
 """What may lie between the head and the logits, with constants: a scale, a soft cap, a bias, a type."""
 
+_LINEARS = frozenset({("", "MatMul"), (DOMAIN, W4A8_STATIC), (DOMAIN, W4A8_PER_TOKEN)})
+
 
 class LastTokenLogits(ir.passes.InPlacePass):
     """Take the last token right before the head, so that a prompt of S tokens gives [B, 1, V] and not [B, S, V].
 
     Rules:
-        1. The head is the MatMul that makes `logits`, past operators that treat every token and every logit alone.
+        1. The head is the MatMul, or the W4A8 linear, that makes `logits`, past operators that treat every token and
+           every logit alone.
         2. Its input [B, S, H] is sliced to [B, 1, H]; everything else that reads that tensor keeps all of it.
         3. Where the logits come from anything else, or the input is not [B, S, H], nothing is changed and the cause is
            raised: a slice of the logits themselves would save nothing.
@@ -60,7 +64,8 @@ def _head(logits: ir.Value) -> tuple[ir.Node, list[ir.Value]]:
     after: list[ir.Value] = []
     value = logits
     while (node := value.producer()) is not None:
-        if node.op_type == "MatMul" and is_constant(node.inputs[1]):
+        is_linear = (node.domain, node.op_type) in _LINEARS
+        if is_linear and is_constant(node.inputs[1]):
             return node, after
         varying = [operand for operand in node.inputs if not is_constant(operand)]
         if node.op_type not in _TOKENWISE or len(varying) != 1 or varying[0] is None:

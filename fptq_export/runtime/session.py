@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fptq_export.errors import UserError
+from fptq_export.runtime.cpu_session import Kernels, cpu_session
 from fptq_export.runtime.engine_session import opened_engine
 from fptq_export.runtime.generation import Completion, Generation, Piece, completion_from_pieces, now
 from fptq_export.runtime.limits import Limits
 from fptq_export.runtime.sampling import Sampling
 from fptq_export.runtime.source import Backend, Source, backend_for, limits_of, source_from_path
 from fptq_export.runtime.text import TextTokenizer, tokenizer_from_directory
-from fptq_export.verify.sessions import CausalSession, OnnxCausalSession
+from fptq_export.verify.sessions import CausalSession
 
 __all__ = ["Prompt", "Session"]
 
@@ -63,6 +64,7 @@ class Session:
         engine: str | Path | None = None,
         backend: Backend | Literal["auto"] = "auto",
         threads: int | None = None,
+        kernels: Kernels = "auto",
     ) -> Session:
         """Open what `fptq-export` wrote.
 
@@ -72,14 +74,18 @@ class Session:
             backend: `auto` takes the engine where there is one and a GPU, else the portable graph in ONNX Runtime;
                 `note` then says why.
             threads: Of ONNX Runtime, inside an operator; None takes every core.
+            kernels: With `onnxruntime`, what computes the W4A8 linears: `cpu` is `fptq_export.cpu`, which is faster and
+                has to be built; `stock` is ONNX Runtime's own operators; `auto` takes the first where it is built.
+                `model.name` says which of the two runs.
 
         Raises:
-            UserError: A file is missing or wrong, or the engine will not load here; it says why, as `doctor` does.
+            UserError: A file is missing or wrong, the kernels are asked for and not built, or the engine will not load
+                here; it says why, as `doctor` does.
         """
         found = source_from_path(Path(source), None if engine is None else Path(engine))
         choice = backend_for(found, backend)
         with ExitStack() as resources:
-            model, limits = _model(found, choice.backend, threads, resources)
+            model, limits = _model(found, choice.backend, threads, kernels, resources)
             tokenizer = tokenizer_from_directory(found.directory)
             session = cls(model, tokenizer, limits, backend=choice.backend, note=choice.note)
             session._resources = resources.pop_all()
@@ -162,9 +168,11 @@ def _pieces(generation: Generation) -> Iterator[Piece]:
         yield generation.step()
 
 
-def _model(source: Source, backend: Backend, threads: int | None, resources: ExitStack) -> tuple[CausalSession, Limits]:
+def _model(
+    source: Source, backend: Backend, threads: int | None, kernels: Kernels, resources: ExitStack
+) -> tuple[CausalSession, Limits]:
     if backend == "onnxruntime":
-        return OnnxCausalSession(source.graph, threads=threads), limits_of(source)
+        return cpu_session(source.graph, threads, kernels), limits_of(source)
     if source.manifest is None or source.engine is None:
         raise AssertionError("an engine is chosen only where a manifest names it")
     model = resources.enter_context(opened_engine(source.manifest, source.engine))

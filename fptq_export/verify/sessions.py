@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.verify.all_logits import gives_last_only, graph_with_all_logits
 from fptq_export.verify.causal_inputs import PAST, PRESENT, SCALE, WRITE_INDICES, feed_from_ids
+from fptq_export.verify.ort_form import ORT_ERRORS, OrtForm, first_line, register_operators
 from fptq_export.verify.ort_values import (
     DTYPE_FROM_ORT_TYPE,
     array_from_ort_value,
@@ -30,6 +31,7 @@ __all__ = [
     "GraphOptimization",
     "OnnxCache",
     "OnnxCausalSession",
+    "OrtForm",
     "first_line",
     "session_from_path",
 ]
@@ -51,11 +53,6 @@ _SLOTS = 64
 _FLOAT32_ACCURACY = "1"
 _FATAL_ONLY = 4
 """ONNX Runtime severity; its errors reach us as exceptions, so its own lines on stderr would say them twice."""
-
-# They share no base class but Exception.
-ORT_ERRORS = tuple(
-    error for error in vars(ort_errors).values() if isinstance(error, type) and issubclass(error, Exception)
-)
 
 
 class CausalSession(Protocol):
@@ -128,6 +125,9 @@ class OnnxCausalSession:
             on FP16 graphs: the weights are widened to FP32 once, and not at every call.
         all_logits: Run the form of the graph that gives the logits of every token, where the file gives those of the
             last one (`all_logits`).
+        form: Run this in place of the file.
+        spin: Let idle threads wait for work without giving up their core: faster, and only for a session that has the
+            cores to itself.
 
     Raises:
         UserError: The file is missing, is not a graph ONNX Runtime can run, or its inputs and outputs are not those
@@ -147,12 +147,17 @@ class OnnxCausalSession:
         name: str | None = None,
         optimization: GraphOptimization = "all",
         all_logits: bool = False,
+        form: OrtForm | None = None,
+        spin: bool = False,
     ) -> None:
         self.name = path.name if name is None else name
         self._path = path
         self._given: Mapping[str, NDArray[Any]] = {}
-        graph = graph_with_all_logits(path) if all_logits and gives_last_only(path) else None
-        self._session = session_from_path(path, threads, optimization, graph)
+        if form is None and all_logits and gives_last_only(path):
+            graph: bytes | OrtForm | None = graph_with_all_logits(path)
+        else:
+            graph = form
+        self._session = session_from_path(path, threads, optimization, graph, spin=spin)
         self._signature = _signature_from_session(path, self._session, self.inputs)
         self._outputs = ["logits", *self._signature.past_from_present]
 
@@ -229,9 +234,14 @@ class OnnxCausalSession:
 
 
 def session_from_path(
-    path: Path, threads: int | None, optimization: GraphOptimization, graph: bytes | None = None
+    path: Path,
+    threads: int | None,
+    optimization: GraphOptimization,
+    graph: bytes | OrtForm | None = None,
+    *,
+    spin: bool = False,
 ) -> Any:
-    """A session of a file, or of a graph whose weights lie beside that file.
+    """A session of a file, or of a graph whose weights lie beside that file; arguments as for `OnnxCausalSession`.
 
     Raises:
         UserError: ONNX Runtime cannot open it.
@@ -241,14 +251,17 @@ def session_from_path(
     options = ort.SessionOptions()
     options.graph_optimization_level = _OPTIMIZATION_LEVELS[optimization]
     options.log_severity_level = _FATAL_ONLY
-    # Idle threads that spin take the cores from whatever runs next to them: here, the other session.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Idle threads that spin take the cores from whatever runs next to them: where two are compared, the other session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     # The default, 4, quantizes the activations of every block-INT4 MatMul once more, in blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT32_ACCURACY)
     # Read only where the graph comes as bytes: a file is its own place.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if threads is not None:
         options.intra_op_num_threads = threads
+    if isinstance(graph, OrtForm):
+        register_operators(options, graph.operators)
+        graph = graph.graph
     try:
         return ort.InferenceSession(str(path) if graph is None else graph, options, providers=["CPUExecutionProvider"])
     except ort_errors.NotImplemented as error:
@@ -328,8 +341,3 @@ def _shape_problems(names: Any, inputs: Mapping[str, Any]) -> list[Problem]:
                 Problem(name, f"shape {shape} is not [batch, heads, past, head size], the 2nd and 4th fixed")
             )
     return problems
-
-
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its stack."""
-    return str(error).strip().partition("\n")[0]

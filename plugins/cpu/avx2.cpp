@@ -1,6 +1,7 @@
 // The kernels for AVX2 with FMA and F16C, compiled with those flags.
 #include <immintrin.h>
 
+#include "half_kernels.h"
 #include "vector_kernels.h"
 
 namespace fptq::cpu {
@@ -15,6 +16,7 @@ struct Avx2 {
   static constexpr int kTileRows =
       4;  // 8 partial sums, 4 vectors of weights and their operands fill 16 registers
   static constexpr int kTileVectors = 2;
+  static constexpr int kRowVectors = 4;
   static constexpr int kTwoChainRows = 0;
   static constexpr int kFlushK = 32;
   static_assert(kFlushK / 2 * kMaxCode * 128 <= 32767,
@@ -46,6 +48,7 @@ struct Avx2 {
   static Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }
 
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Int max_magnitude(Int so_far, Float value) {
     const Int bits = _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7FFFFFFF));
     return _mm256_max_epi32(so_far, bits);
@@ -82,6 +85,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {quantize_row<Avx2>, multiply_block<Avx2, false>, multiply_block<Avx2, true>};
+const Kernels kAvx2Kernels = {quantize_row<Avx2>, multiply_block<Avx2, false>, multiply_block<Avx2, true>, half_block<Avx2>};
 
 }  // namespace fptq::cpu

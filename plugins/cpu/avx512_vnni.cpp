@@ -1,6 +1,7 @@
 // The kernels for AVX-512 F, BW and VNNI, compiled with those flags.
 #include <immintrin.h>
 
+#include "half_kernels.h"
 #include "vector_kernels.h"
 
 namespace fptq::cpu {
@@ -14,6 +15,7 @@ struct Avx512Vnni {
   static constexpr int kLanes = 16;
   static constexpr int kTileRows = 8;
   static constexpr int kTileVectors = 2;
+  static constexpr int kRowVectors = 2;
   static constexpr int kTwoChainRows = 4;
   static constexpr int kFlushK = 0;
 
@@ -42,6 +44,7 @@ struct Avx512Vnni {
   static Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
 
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Int max_magnitude(Int so_far, Float value) {
     const Int bits = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7FFFFFFF));
     return _mm512_max_epi32(so_far, bits);
@@ -64,6 +67,6 @@ struct Avx512Vnni {
 }  // namespace
 
 const Kernels kAvx512VnniKernels = {quantize_row<Avx512Vnni>, multiply_block<Avx512Vnni, false>,
-                                    multiply_block<Avx512Vnni, true>};
+                                    multiply_block<Avx512Vnni, true>, half_block<Avx512Vnni>};
 
 }  // namespace fptq::cpu

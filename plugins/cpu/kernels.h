@@ -51,11 +51,20 @@ struct MultiplyArgs {
   void* y;  // output_type [m, n]; of sum_block: INT32 [m][groups][n]
 };
 
+struct HalfArgs {
+  const float* x;     // [m, k]
+  const _Float16* w;  // [n, k]
+  float* y;           // [m, n]
+  int32_t m, n, k;
+};
+
 struct Kernels {
   void (*quantize_row)(const QuantizeArgs& args, int32_t row);
   // All rows x 32 output channels: the outputs, or the INT32 sums of the groups.
   void (*multiply_block)(const MultiplyArgs& args, int32_t block);
   void (*sum_block)(const MultiplyArgs& args, int32_t block);
+  // All rows x 32 output channels of an FP16 weight.
+  void (*half_block)(const HalfArgs& args, int32_t block);
 };
 
 extern const Kernels kScalarKernels;

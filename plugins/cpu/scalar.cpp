@@ -1,4 +1,5 @@
 // The kernels in plain C++, for machines without AVX2 and as the plainest of the three to read.
+#include "half_kernels.h"
 #include "vector_kernels.h"
 
 namespace fptq::cpu {
@@ -12,6 +13,7 @@ struct Scalar {
   static constexpr int kLanes = 1;
   static constexpr int kTileRows = 4;
   static constexpr int kTileVectors = 8;
+  static constexpr int kRowVectors = 8;
   static constexpr int kTwoChainRows = 0;
   static constexpr int kFlushK = 0;
 
@@ -42,6 +44,7 @@ struct Scalar {
   static Float to_float(Int value) { return static_cast<float>(value); }
 
   static Int add(Int a, Int b) { return a + b; }
+  static Float add(Float a, Float b) { return a + b; }
   static Int max_magnitude(Int so_far, Float value) {
     Int bits;
     memcpy(&bits, &value, sizeof bits);
@@ -75,6 +78,6 @@ struct Scalar {
 }  // namespace
 
 const Kernels kScalarKernels = {quantize_row<Scalar>, multiply_block<Scalar, false>,
-                                multiply_block<Scalar, true>};
+                                multiply_block<Scalar, true>, half_block<Scalar>};
 
 }  // namespace fptq::cpu

@@ -6,6 +6,8 @@
  * - Bytes: 4 * kLanes bytes, either unsigned weight codes or four signed activation codes repeated in every lane.
  * - Partial: where products are added up. Int where kFlushK is 0, else narrower integers, widened every kFlushK channels.
  * - kTileRows, kTileVectors: most rows of a tile of accumulators, and its vectors of output channels.
+ * - kRowVectors: vectors of output channels of a tile that has one row and is alone: the more there are, the longer the
+ *   runs of memory that it reads.
  * - kTwoChainRows: tiles of up to this many rows add the high nibbles' products up on their own, because few rows have
  *   too few independent sums to hide the latency of a dot product. 0 where kFlushK is not.
  */
@@ -26,6 +28,7 @@ namespace fptq::cpu {
 // cache of 48 KiB.
 inline constexpr int kChunkK = 512;
 inline constexpr int kChunkRows = 128;
+inline constexpr int kPrefetchBytes = 4096;  // how far ahead of the codes of a single row memory is asked for
 inline constexpr float kMaxActivation = 127.0f;
 inline constexpr float kMinActivation = -128.0f;
 inline constexpr float kPerTokenEps = 1e-6f;  // fptq_export.numerics.PER_TOKEN_EPS
@@ -127,11 +130,14 @@ FPTQ_INLINE void widen_codes(const uint8_t* packed, int steps, uint8_t* wide) {
 
 // Adds the dot products of the steps from channel k to k_end to `sums`: those of the low nibbles to the first chain,
 // those of the high ones to the last. x: the tile's first row; w: the tile's first channel in the first step.
-template <class V, class Codes, int CHAINS, int ROWS>
-FPTQ_INLINE void dot_steps(typename V::Partial (&sums)[CHAINS][ROWS][V::kTileVectors], const int8_t* x,
+template <class V, class Codes, int CHAINS, int ROWS, int kVectors>
+FPTQ_INLINE void dot_steps(typename V::Partial (&sums)[CHAINS][ROWS][kVectors], const int8_t* x,
                            size_t x_stride, const uint8_t* w, int k, int k_end) {
-  constexpr int kVectors = V::kTileVectors;
   for (; k < k_end; k += kStepK, w += Codes::kBytes) {
+    if constexpr (ROWS == 1) {
+      // Nothing else hides the way from memory: every code is read once.
+      for (int i = 0; i < 4 * V::kLanes * kVectors; i += kCacheLine) __builtin_prefetch(w + kPrefetchBytes + i);
+    }
     typename V::Bytes low[kVectors], high[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -155,11 +161,11 @@ FPTQ_INLINE void dot_steps(typename V::Partial (&sums)[CHAINS][ROWS][V::kTileVec
 }
 
 // Sets `sums` to zero, or to the starts of the accumulators in the first chain.
-template <class V, int CHAINS, int ROWS>
-FPTQ_INLINE void set_sums(typename V::Partial (&sums)[CHAINS][ROWS][V::kTileVectors], const int32_t* starts,
+template <class V, int CHAINS, int ROWS, int kVectors>
+FPTQ_INLINE void set_sums(typename V::Partial (&sums)[CHAINS][ROWS][kVectors], const int32_t* starts,
                           size_t starts_stride) {
   for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < V::kTileVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       sums[0][r][v] = V::set(starts == nullptr ? 0 : starts[r * starts_stride]);
       if constexpr (CHAINS == 2) sums[1][r][v] = V::set(0);
     }
@@ -167,30 +173,30 @@ FPTQ_INLINE void set_sums(typename V::Partial (&sums)[CHAINS][ROWS][V::kTileVect
 }
 
 // acc: the sums of one group, starts included.
-template <class V, class Codes, int ROWS>
-FPTQ_INLINE void sum_group(typename V::Int (&acc)[ROWS][V::kTileVectors], const int32_t* starts,
+template <class V, class Codes, int ROWS, int kVectors>
+FPTQ_INLINE void sum_group(typename V::Int (&acc)[ROWS][kVectors], const int32_t* starts,
                            size_t starts_stride, const int8_t* x, size_t x_stride, const uint8_t* w,
                            int group_k) {
   constexpr int kChains = ROWS <= V::kTwoChainRows ? 2 : 1;
-  typename V::Partial sums[kChains][ROWS][V::kTileVectors];
+  typename V::Partial sums[kChains][ROWS][kVectors];
   if constexpr (V::kFlushK == 0) {
     set_sums<V>(sums, starts, starts_stride);
     dot_steps<V, Codes>(sums, x, x_stride, w, 0, group_k);
     for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < V::kTileVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         acc[r][v] = kChains == 2 ? V::add(sums[0][r][v], sums[1][r][v]) : sums[0][r][v];
       }
     }
   } else {
     for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < V::kTileVectors; ++v) acc[r][v] = V::set(starts[r * starts_stride]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::set(starts[r * starts_stride]);
     }
     for (int k = 0; k < group_k; k += V::kFlushK) {
       set_sums<V>(sums, nullptr, 0);
       dot_steps<V, Codes>(sums, x, x_stride, w + k / kStepK * Codes::kBytes, k,
                           smaller(k + V::kFlushK, group_k));
       for (int r = 0; r < ROWS; ++r) {
-        for (int v = 0; v < V::kTileVectors; ++v) acc[r][v] = V::add(acc[r][v], V::widen(sums[0][r][v]));
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = V::add(acc[r][v], V::widen(sums[0][r][v]));
       }
     }
   }
@@ -220,9 +226,8 @@ struct TilePlace {
 };
 
 // partial: FP32 [ROWS][kBlockN] at the tile's first column; the groups of the chunk are added to it.
-template <class V, class Codes, bool ONLY_SUMS, int ROWS>
+template <class V, class Codes, bool ONLY_SUMS, int ROWS, int kVectors>
 void multiply_tile(const MultiplyArgs& args, TilePlace place, Chunk chunk, float* partial) {
-  constexpr int kVectors = V::kTileVectors;
   const int group_bytes = args.group_k / kStepK * Codes::kBytes;
   const uint8_t* w = chunk.codes + 4 * place.column;
   const size_t first_group = static_cast<size_t>(place.block) * args.groups + chunk.begin;
@@ -252,7 +257,9 @@ void multiply_tile(const MultiplyArgs& args, TilePlace place, Chunk chunk, float
 template <class V, class Codes, bool ONLY_SUMS, int ROWS = V::kTileRows>
 FPTQ_INLINE void multiply_rows(int rows, const MultiplyArgs& args, TilePlace place, Chunk chunk,
                                float* partial) {
-  if (rows >= ROWS) return multiply_tile<V, Codes, ONLY_SUMS, ROWS>(args, place, chunk, partial);
+  if (rows >= ROWS) {
+    return multiply_tile<V, Codes, ONLY_SUMS, ROWS, V::kTileVectors>(args, place, chunk, partial);
+  }
   if constexpr (ROWS > 1) multiply_rows<V, Codes, ONLY_SUMS, ROWS - 1>(rows, args, place, chunk, partial);
 }
 
@@ -262,6 +269,14 @@ FPTQ_INLINE void multiply_chunk(const MultiplyArgs& args, int row, int rows, int
                                 float* partial) {
   constexpr int kTileN = V::kTileVectors * V::kLanes;
   static_assert(kBlockN % kTileN == 0, "tiles cover a block without remainder");
+  if (rows == 1) {
+    constexpr int kRowVectors = V::kRowVectors, kRowN = kRowVectors * V::kLanes;
+    static_assert(kBlockN % kRowN == 0, "tiles cover a block without remainder");
+    for (int column = 0; column < kBlockN; column += kRowN) {
+      multiply_tile<V, Codes, ONLY_SUMS, 1, kRowVectors>(args, {row, block, column}, chunk, partial + column);
+    }
+    return;
+  }
   for (int r = 0; r < rows; r += V::kTileRows) {
     for (int column = 0; column < kBlockN; column += kTileN) {
       multiply_rows<V, Codes, ONLY_SUMS>(rows - r, args, {row + r, block, column}, chunk,

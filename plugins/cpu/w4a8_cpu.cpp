@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <span>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -126,6 +127,60 @@ void quantize_rows(const QuantizeArgs& args, const Kernels& kernels, int32_t m, 
                [&](int32_t row) { kernels.quantize_row(args, row); });
 }
 
+// As parallel_for, on the threads of the caller.
+template <typename Work>
+void parallel_for(int32_t count, const FptqCpuPool& pool, const Work& work) {
+  const auto call = [](void* data, size_t index) {
+    (*static_cast<const Work*>(data))(static_cast<int32_t>(index));
+  };
+  pool.run(pool.context, static_cast<size_t>(count), call, const_cast<Work*>(&work));
+}
+
+void quantize_rows(const QuantizeArgs& args, const Kernels& kernels, int32_t m, const FptqCpuPool& pool) {
+  const int32_t chunks = FPTQ_ROUND_UP(m, kRowsPerThread) / kRowsPerThread;
+  const auto quantize_chunk = [&](int32_t chunk) {
+    const int32_t end = std::min(m, (chunk + 1) * kRowsPerThread);
+    for (int32_t row = chunk * kRowsPerThread; row < end; ++row) kernels.quantize_row(args, row);
+  };
+  if (chunks == 1) return quantize_chunk(0);
+  parallel_for(chunks, pool, quantize_chunk);
+}
+
+FptqStatus check_parts(const FptqCpuProblem& problem, const FptqCpuPart* parts, int32_t part_count) {
+  if (parts == nullptr) return FPTQ_NULL_POINTER;
+  if (part_count < 1) return FPTQ_BAD_SHAPE;
+  for (const FptqCpuPart& part : std::span(parts, static_cast<size_t>(part_count))) {
+    if (part.packed_codes == nullptr || part.packed_scales == nullptr || part.y == nullptr)
+      return FPTQ_NULL_POINTER;
+    if (!is_aligned(part.packed_codes) || !is_aligned(part.packed_scales)) return FPTQ_BAD_ALIGNMENT;
+    const FptqStatus status = check_weight(part.n, problem.k, problem.group_size);
+    if (status != FPTQ_OK) return status;
+  }
+  return FPTQ_OK;
+}
+
+void run_parts(const FptqCpuProblem& problem, const Kernels& kernels, const FptqCpuPool& pool,
+               const FptqCpuArgs& args, std::span<const FptqCpuPart> parts) {
+  const QuantizeArgs quantize = quantize_args(problem, args);
+  quantize_rows(quantize, kernels, problem.m, pool);
+  std::vector<MultiplyArgs> multiply;
+  int32_t blocks = 0;
+  for (const FptqCpuPart& part : parts) {
+    MultiplyArgs& one = multiply.emplace_back(multiply_args(problem, args, quantize));
+    one.n = part.n;
+    one.w_codes = part.packed_codes;
+    one.w_scales = static_cast<const uint16_t*>(part.packed_scales);
+    one.bias = nullptr;
+    one.y = part.y;
+    blocks += blocks_of(part.n);
+  }
+  parallel_for(blocks, pool, [&](int32_t block) {
+    size_t part = 0;
+    for (; block >= blocks_of(multiply[part].n); ++part) block -= blocks_of(multiply[part].n);
+    kernels.multiply_block(multiply[part], block);
+  });
+}
+
 FptqStatus run(const FptqCpuProblem* problem, FptqCpuInstructionSet instruction_set, int32_t threads,
                const FptqCpuArgs* args, bool only_sums) {
   if (problem == nullptr || args == nullptr) return FPTQ_NULL_POINTER;
@@ -198,6 +253,31 @@ FptqStatus fptqCpuQuantizeActivation(const FptqCpuProblem* problem, FptqCpuInstr
 FptqStatus fptqCpuW4A8Linear(const FptqCpuProblem* problem, FptqCpuInstructionSet instruction_set,
                              int32_t threads, const FptqCpuArgs* args) {
   return run(problem, instruction_set, threads, args, false);
+}
+
+FptqStatus fptqCpuW4A8Linears(const FptqCpuProblem* problem, FptqCpuInstructionSet instruction_set,
+                              const FptqCpuPool* pool, const FptqCpuArgs* args, const FptqCpuPart* parts,
+                              int32_t part_count) {
+  if (problem == nullptr || args == nullptr || pool == nullptr) return FPTQ_NULL_POINTER;
+  FptqStatus status = check_parts(*problem, parts, part_count);
+  if (status == FPTQ_OK && problem->m < 1) status = FPTQ_BAD_SHAPE;
+  if (status == FPTQ_OK && fptqCpuSupports(instruction_set) == 0) status = FPTQ_UNSUPPORTED_DEVICE;
+  if (status == FPTQ_OK) status = check_workspace(*problem, *args);
+  if (status != FPTQ_OK) return status;
+  run_parts(*problem, kernels_of(instruction_set), *pool, *args,
+            std::span(parts, static_cast<size_t>(part_count)));
+  return FPTQ_OK;
+}
+
+FptqStatus fptqCpuHalfLinear(int32_t m, int32_t n, int32_t k, FptqCpuInstructionSet instruction_set,
+                             const FptqCpuPool* pool, const float* x, const void* w, float* y) {
+  if (pool == nullptr || x == nullptr || w == nullptr || y == nullptr) return FPTQ_NULL_POINTER;
+  if (m < 1 || n < 1 || k < 1) return FPTQ_BAD_SHAPE;
+  if (fptqCpuSupports(instruction_set) == 0) return FPTQ_UNSUPPORTED_DEVICE;
+  const HalfArgs args{.x = x, .w = static_cast<const _Float16*>(w), .y = y, .m = m, .n = n, .k = k};
+  const Kernels& kernels = kernels_of(instruction_set);
+  parallel_for(blocks_of(n), *pool, [&](int32_t block) { kernels.half_block(args, block); });
+  return FPTQ_OK;
 }
 
 FptqStatus fptqCpuGroupSums(const FptqCpuProblem* problem, FptqCpuInstructionSet instruction_set,

@@ -57,6 +57,21 @@ typedef struct FptqCpuArgs {
   size_t workspace_bytes;
 } FptqCpuArgs;
 
+/* Threads of the caller: `run` calls work(data, i) for every i < count, in any order and on any threads, and returns when
+ * all calls have. */
+typedef struct FptqCpuPool {
+  void* context;
+  void (*run)(void* context, size_t count, void (*work)(void* data, size_t index), void* data);
+} FptqCpuPool;
+
+/* One of several weights that are multiplied with the same activation. */
+typedef struct FptqCpuPart {
+  int32_t n;
+  const uint8_t* packed_codes; /* as in FptqCpuArgs */
+  const void* packed_scales;
+  void* y; /* output_type [m, n], row-major */
+} FptqCpuPart;
+
 /* 1 where this machine and its system run the instruction set, else 0. */
 int32_t fptqCpuSupports(FptqCpuInstructionSet instruction_set);
 
@@ -79,6 +94,17 @@ FptqStatus fptqCpuQuantizeActivation(const FptqCpuProblem* problem, FptqCpuInstr
 /* Quantize x and multiply. FPTQ_UNSUPPORTED_DEVICE where the machine lacks the instruction set. */
 FptqStatus fptqCpuW4A8Linear(const FptqCpuProblem* problem, FptqCpuInstructionSet instruction_set,
                              int32_t threads, const FptqCpuArgs* args);
+
+/* As fptqCpuW4A8Linear for each part, on the threads of the caller; x is quantized once. n of the problem, and the weight,
+ * the bias and `y` of `args`, are not used. */
+FptqStatus fptqCpuW4A8Linears(const FptqCpuProblem* problem, FptqCpuInstructionSet instruction_set,
+                              const FptqCpuPool* pool, const FptqCpuArgs* args, const FptqCpuPart* parts,
+                              int32_t part_count);
+
+/* y[m, n] = x[m, k] w[n, k]^T, with w in FP16, widened where it is read, and x, y and the sums in FP32. The order of a
+ * sum depends on the instruction set, and on nothing else. */
+FptqStatus fptqCpuHalfLinear(int32_t m, int32_t n, int32_t k, FptqCpuInstructionSet instruction_set,
+                             const FptqCpuPool* pool, const float* x, const void* w, float* y);
 
 /* As fptqCpuW4A8Linear, stopping at the INT32 sums of the groups, which go to `y`. */
 FptqStatus fptqCpuGroupSums(const FptqCpuProblem* problem, FptqCpuInstructionSet instruction_set,

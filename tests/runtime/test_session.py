@@ -23,7 +23,7 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="module")
 def session(finished_run: Path) -> Session:
     """On the tiny LLaMA."""
-    return Session.open(finished_run / "run", threads=1)
+    return Session.open(finished_run / "run", threads=1, kernels="stock")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_limits_are_those_of_the_run(session: Session, finished_run: Path) -> No
 @pytest.mark.parametrize("name", ["out.plan", "run/model.w4a8.onnx"])
 def test_engine_and_graph_lead_to_the_run(session: Session, finished_run: Path, name: str) -> None:
     """Each opens with tokenizer and limits."""
-    opened = Session.open(finished_run / name, threads=1)
+    opened = Session.open(finished_run / name, threads=1, kernels="stock")
     assert opened.limits == session.limits
     sampling = Sampling(max_tokens=3, ignore_eos=True)
     assert opened.generate(PROMPT, sampling).text == session.generate(PROMPT, sampling).text

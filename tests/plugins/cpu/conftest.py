@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 
 from fptq_export.cpu import InstructionSet, available_instruction_sets
-from fptq_export.cpu.build import build_extension, missing_tools
+from tests.support.cpu_kernels import built_cpu_kernels
 
 
 @pytest.fixture(scope="session", autouse=True)
 def built_extension() -> None:
     """Build what changed; skip where this machine cannot compile."""
-    if missing := missing_tools():
-        pytest.skip(f"cannot build fptq_export.cpu; missing: {', '.join(missing)}")
-    build_extension()
+    built_cpu_kernels()
 
 
 @pytest.fixture(params=list(InstructionSet), ids=lambda item: item.value)
