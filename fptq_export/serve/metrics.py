@@ -23,10 +23,14 @@ class Metrics(Observer):
 
     Args:
         model: Its name, a label of every metric.
+        with_process: Count memory, CPU time and open files of this process too.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, with_process: bool = True) -> None:
         self.registry = CollectorRegistry()
+        """Everything that is counted."""
+        if with_process:
+            ProcessCollector(registry=self.registry)
         self._requests = Counter(
             "fptq_requests", "Texts that ended, by outcome", (*_LABEL, "outcome"), registry=self.registry
         )
@@ -46,10 +50,6 @@ class Metrics(Observer):
         self._next = self._histogram("fptq_inter_token_latency_seconds", "Between two tokens of a text", _TOKEN_SECONDS)
         for outcome in _OUTCOMES:  # from the start, so that rates have a zero to start from
             self._requests.labels(model, outcome)
-
-    def count_process(self) -> None:
-        """Add memory, CPU time and open files of this process."""
-        ProcessCollector(registry=self.registry)
 
     def page(self) -> bytes:
         """All of it, in Prometheus' text format."""

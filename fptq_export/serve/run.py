@@ -56,7 +56,6 @@ def run_serve(options: ServeOptions, notes: Console, announce: Callable[[str], N
             raise UserError(str(options.source), "there is no tokenizer.json beside the model", hint)
         note(f"{name} runs in {session.backend}" + (f": {session.note}" if session.note else ""))
         metrics = Metrics(name)
-        metrics.count_process()
         scheduler = Scheduler(session, max_active=options.max_active, max_queue=options.max_queue, observer=metrics)
         service = Service(session, session.tokenizer, scheduler, metrics, name, options.max_queue, keys)
         server = DrainingServer(

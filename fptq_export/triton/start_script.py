@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import PurePath
 
+from fptq_export.triton.serving.routing import ROUTE_HEADER
+
 __all__ = ["START_SCRIPT", "start_script"]
 
 START_SCRIPT = "start.sh"
@@ -15,8 +17,8 @@ _SCRIPT = """\
 #   ./start.sh --http-port 9000 --model-control-mode poll
 # It runs tritonserver where that is on PATH, as in NVIDIA's container, else the one of the wheel nvidia-pytriton.
 set -eu
-# A router takes the model that the header fptq-route names.
-set -- --http-header-forward-pattern=fptq-route "$@"
+# A router takes the model that the header {header} names.
+set -- --http-header-forward-pattern={header} "$@"
 here="$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)"
 if command -v tritonserver >/dev/null 2>&1; then
   set -- tritonserver --model-repository "$here"{options} "$@"
@@ -33,9 +35,10 @@ def start_script(plugin: PurePath | None) -> str:
     Args:
         plugin: The library that engines need, relative to the repository; None where none needs it.
     """
+    script = _SCRIPT.replace("{header}", ROUTE_HEADER)
     if plugin is None:
-        return _SCRIPT.replace("{options}", "")
+        return script.replace("{options}", "")
     if shlex.quote(str(plugin)) != str(plugin):
         raise AssertionError("names of models and libraries need no quotes")
     # Triton opens the library and logs what goes wrong; the engine then fails to load.
-    return _SCRIPT.replace("{options}", f' --backend-config="tensorrt,plugins=$here/{plugin}"')
+    return script.replace("{options}", f' --backend-config="tensorrt,plugins=$here/{plugin}"')

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fptq_export.cli import main
+from fptq_export.triton.serving.routing import ROUTE_HEADER
 from fptq_export.triton.wheel_server import numpy_directory, wheel_server
 from tests.support.triton_server import TritonServer
 
@@ -45,7 +46,13 @@ def server(repository: Path, triton_wheel: None, tmp_path_factory: pytest.TempPa
     """The server on the repository, with `tiny` loaded; others are loaded by name."""
     directory = tmp_path_factory.mktemp("tritonserver")
     layout = wheel_server(directory)
-    options = ["--model-repository", str(repository), "--model-control-mode=explicit", "--load-model=tiny"]
+    options = [
+        "--model-repository",
+        str(repository),
+        "--model-control-mode=explicit",
+        f"--http-header-forward-pattern={ROUTE_HEADER}",
+        "--load-model=tiny",
+    ]
     options.append("--log-verbose=1")  # says which texts were cancelled
     server = TritonServer((*layout.command, *options), layout.environment, directory / "log")
     server.start()

@@ -12,6 +12,7 @@ import pytest
 from fptq_export.cli import main
 from fptq_export.runtime import Sampling, Session
 from fptq_export.triton.serving.comparison_log import Comparison
+from fptq_export.triton.serving.routing import ROUTE_HEADER
 from tests.support.triton_server import TritonServer
 
 PROMPT = "An assignment"
@@ -75,6 +76,13 @@ def test_asked_model_answers(routed: TritonServer, answers: dict[str, list[int]]
     assert (reply.document["token_ids"], reply.document["finish_reason"]) == (answers[model], "length")
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-float"])
+def test_header_names_the_model(routed: TritonServer, answers: dict[str, list[int]], model: str) -> None:
+    """For proxies, which see no body."""
+    reply = routed.post("/v2/models/chat/generate", BODY, {ROUTE_HEADER: model})
+    assert reply.document["token_ids"] == answers[model]
+
+
 def test_stream_is_handed_on_token_by_token(routed: TritonServer, answers: dict[str, list[int]]) -> None:
     """An event for each token of the model that was asked."""
     reply = routed.post("/v2/models/chat/generate_stream", {**BODY, "stream": True, "route": "tiny"})
@@ -133,11 +141,6 @@ def test_router_outlives_a_model(routed: TritonServer, answers: dict[str, list[i
         assert post(routed, route="tiny").document["token_ids"] == answers["tiny"]
     finally:
         assert routed.load("tiny-float").status == 200
-
-
-def test_header_names_the_model(repository: Path) -> None:
-    """The option that makes the server hand the header on stands in the start script."""
-    assert "--http-header-forward-pattern=fptq-route" in (repository / "start.sh").read_text(encoding="utf-8")
 
 
 def test_run_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

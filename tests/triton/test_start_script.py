@@ -13,7 +13,11 @@ from fptq_export.files import sha256_from_file
 from fptq_export.plugin.library import DIRECTORY_VARIABLE, LOADED_LIBRARY, REGISTERING_LIBRARY
 from fptq_export.triton.options import TritonOptions
 from fptq_export.triton.run import run_triton
+from fptq_export.triton.serving.routing import ROUTE_HEADER
 from tests.triton.engine_runs import engine_run
+
+ROUTES = f"--http-header-forward-pattern={ROUTE_HEADER}"
+"""So that a router sees the header."""
 
 
 def built_plugin(directory: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> dict[str, Any]:
@@ -53,13 +57,13 @@ def test_plugin_is_beside_the_plan_and_named_to_the_server(
     library = repository / "tiny-plan" / "1" / REGISTERING_LIBRARY
     assert library.read_bytes() == b"library"
     backend = ["--model-repository", str(repository), f"--backend-config=tensorrt,plugins={library}"]
-    assert arguments(repository, tmp_path) == [*backend, "--http-port", "9000"]
+    assert arguments(repository, tmp_path) == [*backend, ROUTES, "--http-port", "9000"]
 
 
 def test_engines_without_the_plugin_name_none(finished_run: Path, tmp_path: Path) -> None:
     """Options of the caller go behind."""
     write(engine_run(finished_run, tmp_path / "tiny", "concat"), tmp_path / "models")
-    expected = ["--model-repository", str(tmp_path / "models"), "--http-port", "9000"]
+    expected = ["--model-repository", str(tmp_path / "models"), ROUTES, "--http-port", "9000"]
     assert arguments(tmp_path / "models", tmp_path) == expected
 
 

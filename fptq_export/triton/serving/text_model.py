@@ -56,7 +56,7 @@ class TextModel(ABC):
         if self._session.note:
             self._backend.Logger.log_info(f"{version.name}: {self._session.note}")
         limits = {key: value for key in ("max_active", "max_queue") if (value := parameter_of(version.config, key))}
-        metrics = Metrics(version.name)
+        metrics = Metrics(version.name, with_process=False)
         self._mirror = MetricsMirror(metrics.registry, self._backend, {"version": str(version.version)})
         self._scheduler = Scheduler(self._session, workers=self.workers, observer=metrics, **limits)
 
