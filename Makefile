@@ -75,7 +75,12 @@ endif
 
 # Two halves of about the same time, side by side, each on one core: threads that wait for each other on a core that another test computes on cost
 # more than they give. No build folder is shared; tests that share the runs of the encoders are in one half.
-.PHONY: test-first test-others
+.PHONY: kernels test-first test-others
+# Both halves run what is built here, beside the linters. Built in the middle of a half, sessions opened before and after would differ.
+kernels: $(STAMP)
+	@echo "==> kernels for the CPU"
+	@$(BIN)/python -m fptq_export.cpu build || echo "==> not built: their tests skip, and sessions run stock operators"
+test-first test-others: kernels
 test-first test-others: export OMP_NUM_THREADS := 1
 test-first:
 	$(BIN)/python -m pytest -q -m "not gpu" --durations=15 $(FIRST_TESTS)

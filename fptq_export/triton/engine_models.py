@@ -21,7 +21,7 @@ from fptq_export.triton.plan_facts import plan_facts
 from fptq_export.triton.repository import ModelVersion, next_version
 from fptq_export.triton.serving.called_plan import CALLED_PLAN_FILE, CalledPlan, text_problem
 from fptq_export.triton.text_config import text_config
-from fptq_export.triton.text_models import NEEDS_PACKAGE, tokenizer_links
+from fptq_export.triton.text_models import NEEDS_PACKAGE, tokenizer_copies
 
 __all__ = ["engine_models"]
 
@@ -43,8 +43,8 @@ def engine_models(options: TritonOptions, manifest: Manifest) -> Models:
     # A text that was begun goes on with the engine it was begun with, so that one stays a version longer.
     config = plan_config(plan_name, facts, options, versions=options.keep_versions + 1)
     plugin = _plugin(needed)
-    links = {_PLAN_FILE: engine, **({} if plugin is None else {plugin.name: plugin})}
-    plan = ModelVersion(plan_name, config, version, links, texts={})
+    copies = {_PLAN_FILE: engine, **({} if plugin is None else {plugin.name: plugin})}
+    plan = ModelVersion(plan_name, config, version, copies, texts={})
     needs = [f"TensorRT {needed.library_version}", *_gpus(needed)]
     problem = text_problem(facts)
     if problem is not None:
@@ -106,7 +106,7 @@ def _text_model(options: TritonOptions, name: str, plan: CalledPlan, version: in
         name=name,
         config=text_config(name, options),
         version=version,
-        links=tokenizer_links(options.source),
+        copies=tokenizer_copies(options.source),
         texts={
             MODEL_FILE: model_file("fptq_export.triton.serving.engine_model"),
             CALLED_PLAN_FILE: plan.model_dump_json(indent=2) + "\n",

@@ -6,7 +6,6 @@ sees half of one, and a killed command leaves what was there.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,8 +30,9 @@ class ModelVersion:
     config: Any
     """`model_config_pb2.ModelConfig` of that name."""
     version: int
-    links: Mapping[str, Path]
-    """Name in the version's directory -> a file it is a link to, or a copy of where links are not possible."""
+    copies: Mapping[str, Path]
+    """Name in the version's directory -> the file it is a copy of. A second name of the run's file would let a change
+    there reach a model that serves, and data files with two names are refused (`graph_io`)."""
     texts: Mapping[str, str]
     """Name in the version's directory -> what the file says."""
 
@@ -87,9 +87,9 @@ def write_version(model: ModelVersion, repository: Path, scratch: Path) -> Path:
     staged = scratch / model.name
     files = staged / str(model.version)
     files.mkdir(parents=True)
-    for name, source in model.links.items():
+    for name, source in model.copies.items():
         (files / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(source, files / name)
+        _copy(source, files / name)
     for name, text in model.texts.items():
         write_text(text, files / name)
     config = text_from_config(model.config)
@@ -122,8 +122,5 @@ def _check_kind(target: Path, config: Any) -> None:
         raise UserError(str(target), cause, "choose another --name, or remove it")
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

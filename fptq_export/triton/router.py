@@ -30,7 +30,7 @@ def router_models(options: RouterOptions) -> Models:
         name=options.router,
         config=_config(options),
         version=next_version([options.repository / options.router], options.version),
-        links={},
+        copies={},
         texts={
             MODEL_FILE: model_file("fptq_export.triton.serving.router_model"),
             ROUTES_FILE: routes.model_dump_json(indent=2) + "\n",

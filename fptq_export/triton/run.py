@@ -89,7 +89,7 @@ def _report(models: Models, command: str, source: str | None, variant: Variant |
                 name=model.name,
                 version=model.version,
                 backend=model.config.platform or model.config.backend,
-                files=tuple(sorted((*model.links, *model.texts))),
+                files=tuple(sorted((*model.copies, *model.texts))),
             )
             for model in models.versions
         ),

@@ -17,8 +17,8 @@ _SCRIPT = """\
 #   ./start.sh --http-port 9000 --model-control-mode poll
 # It runs tritonserver where that is on PATH, as in NVIDIA's container, else the one of the wheel nvidia-pytriton.
 set -eu
-# A router takes the model that the header {header} names.
-set -- --http-header-forward-pattern={header} "$@"
+# A router takes the model that the gRPC metadata {header} names.
+set -- --grpc-header-forward-pattern={header} "$@"
 here="$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)"
 if command -v tritonserver >/dev/null 2>&1; then
   set -- tritonserver --model-repository "$here"{options} "$@"

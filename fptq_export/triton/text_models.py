@@ -15,7 +15,7 @@ from fptq_export.triton.options import TritonOptions
 from fptq_export.triton.repository import ModelVersion, next_version
 from fptq_export.triton.text_config import text_config
 
-__all__ = ["NEEDS_PACKAGE", "cpu_models", "tokenizer_links"]
+__all__ = ["NEEDS_PACKAGE", "cpu_models", "tokenizer_copies"]
 
 NEEDS_PACKAGE = "the Python backend, and fptq-export in its Python"
 
@@ -37,13 +37,13 @@ def cpu_models(options: TritonOptions, manifest: Manifest) -> Models:
         name=name,
         config=text_config(name, options),
         version=next_version([options.repository / name], options.version),
-        links={path.name: path for path in files} | tokenizer_links(options.source),
+        copies={path.name: path for path in files} | tokenizer_copies(options.source),
         texts={MODEL_FILE: model_file("fptq_export.triton.serving.cpu_model")},
     )
     return Models((version,), needs=(NEEDS_PACKAGE,))
 
 
-def tokenizer_links(directory: Path) -> dict[str, Path]:
+def tokenizer_copies(directory: Path) -> dict[str, Path]:
     """Name -> tokenizer file of a run.
 
     Raises:

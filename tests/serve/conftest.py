@@ -28,7 +28,7 @@ def chat_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def session(chat_run: Path) -> Iterator[Session]:
     """The run in ONNX Runtime, on one thread."""
-    with Session.open(chat_run, backend="onnxruntime", threads=1) as opened:
+    with Session.open(chat_run, backend="onnxruntime", kernels="stock", threads=1) as opened:
         yield opened
 
 

@@ -47,6 +47,13 @@ def process(chat_run: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="module")
+def session(chat_run: Path) -> Iterator[Session]:
+    """What the command opens: the kernels where they are built."""
+    with Session.open(chat_run) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def address(process: subprocess.Popen[str]) -> str:
     """What it prints once it takes connections."""
     assert process.stdout is not None

@@ -50,10 +50,10 @@ def server(repository: Path, triton_wheel: None, tmp_path_factory: pytest.TempPa
         "--model-repository",
         str(repository),
         "--model-control-mode=explicit",
-        f"--http-header-forward-pattern={ROUTE_HEADER}",
         "--load-model=tiny",
     ]
     options.append("--log-verbose=1")  # says which texts were cancelled
+    options.append(f"--grpc-header-forward-pattern={ROUTE_HEADER}")
     server = TritonServer((*layout.command, *options), layout.environment, directory / "log")
     server.start()
     yield server

@@ -69,7 +69,7 @@ def generated(server: TritonServer, name: str, **body: Any) -> Any:
 def test_text_is_what_the_session_gives(server: TritonServer, served: tuple[str, Path]) -> None:
     """With the cache carried from call to call, in every form; once and once more, for what a text leaves behind."""
     name, run = served
-    session = Session.open(run, backend="onnxruntime", threads=1)
+    session = Session.open(run, backend="onnxruntime", kernels="stock", threads=1)
     for seed in (1, 2):
         sampling = Sampling(max_tokens=NEW_TOKENS, temperature=1.0, seed=seed, ignore_eos=True)
         expected = session.generate(PROMPT, sampling)
@@ -103,7 +103,7 @@ def test_prompt_longer_than_the_profile_is_refused(server: TritonServer, served:
 def test_text_ends_where_the_cache_does(server: TritonServer, served: tuple[str, Path]) -> None:
     """No call lies outside the profile: the text is cut, and its finish reason says so."""
     name, run = served
-    prompt = len(Session.open(run, backend="onnxruntime", threads=1).tokens(PROMPT))
+    prompt = len(Session.open(run, backend="onnxruntime", kernels="stock", threads=1).tokens(PROMPT))
     slots = LIMITS.max_kv_len + LIMITS.max_input_len if name.startswith("static") else LIMITS.max_kv_len + 1
     answer = generated(server, name, max_tokens=2 * slots)
     assert len(answer["token_ids"]) == slots - prompt + 1

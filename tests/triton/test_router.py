@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import queue
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fptq_export.cli import main
@@ -17,6 +19,7 @@ from tests.support.triton_server import TritonServer
 
 PROMPT = "An assignment"
 NEW_TOKENS = 6
+SECONDS = 60.0
 BODY = {"text_input": PROMPT, "max_tokens": NEW_TOKENS, "ignore_eos": True}
 
 
@@ -77,10 +80,22 @@ def test_asked_model_answers(routed: TritonServer, answers: dict[str, list[int]]
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-float"])
-def test_header_names_the_model(routed: TritonServer, answers: dict[str, list[int]], model: str) -> None:
-    """For proxies, which see no body."""
-    reply = routed.post("/v2/models/chat/generate", BODY, {ROUTE_HEADER: model})
-    assert reply.document["token_ids"] == answers[model]
+def test_metadata_names_the_model(routed: TritonServer, answers: dict[str, list[int]], model: str) -> None:
+    """For proxies, which do not look into requests."""
+    import tritonclient.grpc as grpc
+
+    values = {"text_input": np.array([PROMPT.encode()], np.object_), "max_tokens": np.array([NEW_TOKENS], np.int32)}
+    values |= {"ignore_eos": np.array([True])}
+    inputs = []
+    for (name, value), kind in zip(values.items(), ("BYTES", "INT32", "BOOL"), strict=True):
+        inputs.append(grpc.InferInput(name, [1], kind))
+        inputs[-1].set_data_from_numpy(value)
+    replies: queue.Queue[Any] = queue.Queue()
+    with grpc.InferenceServerClient(routed.grpc_address) as client:
+        client.start_stream(lambda result, error: replies.put(error or result), headers={ROUTE_HEADER: model})
+        client.async_stream_infer("chat", inputs)
+        assert replies.get(timeout=SECONDS).as_numpy("token_ids").tolist() == answers[model]
+        client.stop_stream()
 
 
 def test_stream_is_handed_on_token_by_token(routed: TritonServer, answers: dict[str, list[int]]) -> None:

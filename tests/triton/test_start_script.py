@@ -16,8 +16,8 @@ from fptq_export.triton.run import run_triton
 from fptq_export.triton.serving.routing import ROUTE_HEADER
 from tests.triton.engine_runs import engine_run
 
-ROUTES = f"--http-header-forward-pattern={ROUTE_HEADER}"
-"""So that a router sees the header."""
+ROUTES = f"--grpc-header-forward-pattern={ROUTE_HEADER}"
+"""So that a router sees the metadata."""
 
 
 def built_plugin(directory: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> dict[str, Any]:

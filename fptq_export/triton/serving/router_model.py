@@ -1,7 +1,7 @@
 """A text model that has others answer: some of the requests one, some another.
 
-Requests and answers are those of any text model, and `route` names a model that is wanted; over HTTP a header does
-that too, where the server forwards it. Each request has a thread, which waits for tokens and hands them on.
+Requests and answers are those of any text model, and `route` names a model that is wanted; metadata of a gRPC call does
+that too. Each request has a thread, which waits for tokens and hands them on.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class TritonPythonModel:
 
 
 def _wanted(request: Any, arrays: Mapping[str, NDArray[Any]]) -> str | None:
-    """The model a request names: by the input, else by the header."""
+    """The model a request names: by the input, else by the metadata of the call."""
     if ROUTE in arrays and arrays[ROUTE].size:
         return bytes(arrays[ROUTE].reshape(-1)[0]).decode("utf-8", errors="replace")
     value = json.loads(request.parameters() or "{}").get(ROUTE_HEADER)

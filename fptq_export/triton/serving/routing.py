@@ -16,7 +16,8 @@ ROUTES_FILE: Final = "routes.json"
 ROUTE: Final = "route"
 """Input that names the model that is wanted."""
 ROUTE_HEADER: Final = "fptq-route"
-"""The same as a header: `tritonserver --http-header-forward-pattern=fptq-route` makes it a parameter of the request."""
+"""The same as metadata of a gRPC call, which the server hands on as a parameter of the request where it is told to. Of
+HTTP it hands on no headers to `generate` (Triton 24.10)."""
 _HASH_BYTES = 8
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
