@@ -12,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from fptq_export.serve.metrics import Metrics
 from tests.containers.conftest import SAMPLE
 from tests.containers.steps import Recipe
 
@@ -143,7 +144,7 @@ def test_update_keeps_every_pod_until_its_successor_is_ready() -> None:
 
 
 def test_autoscaler_reads_the_metric_that_the_adapter_makes() -> None:
-    """Its target is the Deployment, whose replicas nobody else sets; its metric the rule over Triton's queue time."""
+    """Its target is the Deployment, whose replicas nobody else sets; its metric the rule over a series that text models give."""
     spec = READ["horizontalpodautoscaler.yaml"]["spec"]
     assert (spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"]) == (
         "Deployment",
@@ -151,5 +152,8 @@ def test_autoscaler_reads_the_metric_that_the_adapter_makes() -> None:
     )
     assert "replicas" not in DEPLOYMENT["spec"]
     (rule,) = READ["prometheus-adapter.yaml"]["rules"]["custom"]
-    assert rule["seriesQuery"].startswith("nv_inference_queue_duration_us{")
+    given = {sample.name for family in Metrics("model").registry.collect() for sample in family.samples}
+    series = set(re.findall(r"fptq_\w+", rule["seriesQuery"] + rule["metricsQuery"]))
+    assert series
+    assert series <= given
     assert [metric["pods"]["metric"]["name"] for metric in spec["metrics"]] == [rule["name"]["as"]]
