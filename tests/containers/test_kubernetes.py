@@ -144,7 +144,7 @@ def test_update_keeps_every_pod_until_its_successor_is_ready() -> None:
 
 
 def test_autoscaler_reads_the_metric_that_the_adapter_makes() -> None:
-    """Its target is the Deployment, whose replicas nobody else sets; its metric the rule over a series that text models give."""
+    """Its target is the Deployment, whose replicas nobody else sets; its metric is of series that text models give."""
     spec = READ["horizontalpodautoscaler.yaml"]["spec"]
     assert (spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"]) == (
         "Deployment",
