@@ -166,6 +166,13 @@ def test_broken_file_is_named(chat_directory: Path, name: str) -> None:
         tokenizer_from_directory(chat_directory)
 
 
+def test_vocabulary_reaches_to_the_last_token() -> None:
+    """Some tokenizers leave out numbers; a token behind the hole is one, the number behind the last is none."""
+    tokenizer = TextTokenizer(Tokenizer(models.BPE(vocab={"a": 0, "b": 7}, merges=[])), [], None, {}, "holes")
+    assert tokenizer.encode("ab") == [0, 7]
+    assert tokenizer.vocabulary == 8
+
+
 def test_directory_without_tokenizer_has_none(tmp_path: Path) -> None:
     """Which is no error: token ids may be all that is wanted."""
     assert tokenizer_from_directory(tmp_path) is None
