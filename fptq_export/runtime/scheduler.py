@@ -193,9 +193,10 @@ class Scheduler:
             self._closing = True
             if drain:
                 self._changed.wait_for(self._is_idle, timeout)
-            for handle in (*self._waiting, *self._running):
-                handle.cancel()
+            rest = (*self._waiting, *self._running)
             self._changed.notify_all()
+        for handle in rest:  # without the lock: their listeners are told, and may wait for a thread that wants it
+            handle.cancel()
         for thread in self._threads:
             thread.join()
 

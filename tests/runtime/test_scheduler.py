@@ -228,6 +228,30 @@ def test_closing_can_cancel(drain: bool) -> None:
         assert [len(list(handle)) for handle in handles] == [1, 0]
 
 
+def test_closing_tells_listeners_without_holding_up_others() -> None:
+    """A listener that waits for a thread which asks for a text does not wait for ever."""
+    refused = threading.Event()
+
+    def ask(scheduler: Scheduler) -> None:
+        with pytest.raises(UserError, match="shutting down"):
+            scheduler.submit("a")
+        refused.set()
+
+    with held(max_active=1) as (scheduler, model, gate):
+        told: list[bool] = []
+
+        def listener(event: Event) -> None:
+            threading.Thread(target=ask, args=[scheduler]).start()
+            told.append(refused.wait(WAIT))
+            gate.release(100)
+
+        scheduler.submit("a")
+        assert model.called.wait(WAIT)
+        scheduler.submit("b", listener=listener)
+        scheduler.close(drain=False)
+        assert told == [True]
+
+
 def test_listener_is_told_everything_in_order() -> None:
     """Pieces come to the listener as they come to the iterator."""
     events: list[Event] = []
