@@ -23,7 +23,7 @@ from calib.observe import HessianSink, observe
 from calib.stream import BlockStream
 from fptq_export.progress import NoProgress
 from fptq_export.tasks import SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, Task
-from tests.support.halves import seq2seq_model
+from tests.support.halves import check_statistics, seq2seq_model
 from tests.support.models import model_once, tiny_bart, tiny_t5
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     ModelDirFactory = Callable[[PretrainedConfig], Path]
 
-SUM_ORDER = 128 * 2.0**-24
-"""Sums over at most 128 terms in another order, relative to the largest: other matrix shapes."""
 WINDOWS = np.random.default_rng(0).integers(2, 512, (3, 14))
 
 
@@ -98,13 +96,7 @@ def test_block_by_block_measures_what_the_whole_model_reads(
     inputs = _whole(directory, task, linears)
     assert stats.channel_absmax.keys() == inputs.keys() == set(linears)
     assert ("lm_head" in linears) == (task == SEQ2SEQ_DECODER)
-    for path, x in inputs.items():
-        largest = np.abs(x).max(axis=0)
-        bound = SUM_ORDER * largest.max()
-        np.testing.assert_allclose(stats.channel_absmax[path], largest, rtol=0.0, atol=bound, err_msg=path)
-        moments = x.T @ x
-        actual = hessians[path].numpy() * batches.count
-        np.testing.assert_allclose(actual, moments, rtol=0.0, atol=len(x) * SUM_ORDER * moments.max(), err_msg=path)
+    check_statistics(stats.channel_absmax, hessians, inputs, batches.count)
 
 
 @pytest.mark.parametrize(("model", "runs"), [("deep_dir", 3), ("tiny_llama_dir", 1)])

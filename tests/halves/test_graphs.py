@@ -12,7 +12,7 @@ from fptq_export.graph_io import load_graph
 from tests.families.registry import Family
 from tests.families.support_table import Record
 from tests.halves.conftest import FAMILY_OF_HALF, HALVES
-from tests.support.halves import TeacherForced, decoder_feed, seq2seq_model
+from tests.support.halves import TeacherForced, check_sites, decoder_feed, seq2seq_model
 from tests.support.traced import FP32_LOGITS, Traced, encoder_feed, run
 
 Graphs = dict[str, Traced]
@@ -104,14 +104,7 @@ def test_sites_are_found_without_a_table(t5_graphs: Graphs, half: str, record: R
     """Norms, either MLP and the values of either attention; of the decoder only what reads the source has none."""
     family: Family = FAMILY_OF_HALF[half]
     with record.cell(family, "sites") as cell:
-        sites = t5_graphs[half].sites
-        found = [(site.kind, " ".join(path.rpartition(".")[2] for path in site.consumers)) for site in sites.fold_sites]
-        assert found == list(family.sites)
-        reasons = {linear.path: linear.no_site_reason or "" for linear in sites.linears if linear.site is None}
-        for path, reason in reasons.items():
-            assert [words for end, words in family.no_site.items() if path.endswith(end) and words in reason], reason
-        assert sites.unmatched == ()
-        cell.text = f"{len(sites.site_by_consumer())} of {len(sites.linears)}"
+        cell.text = check_sites(t5_graphs[half].sites, family)
 
 
 def test_what_crosses_the_graphs_is_left_alone(t5_graphs: Graphs) -> None:

@@ -18,7 +18,7 @@ from tests.families.support_table import Record
 from tests.families.test_folds import EXACT, ROUNDED
 from tests.halves.conftest import HALVES, SPEECH_FAMILY_OF_HALF
 from tests.support.float64 import fold, lognormal_scales, output_in_float64
-from tests.support.halves import SpeechForced, folded_graph, seq2seq_model, speech_feed
+from tests.support.halves import SpeechForced, check_sites, folded_graph, seq2seq_model, speech_feed
 from tests.support.traced import FP32_LOGITS, Traced, run
 
 Graphs = dict[str, Traced]
@@ -110,14 +110,7 @@ def test_sites_are_those_of_the_architecture(whisper_graphs: Graphs, half: str, 
     """Norms, the head and the values of every attention; what is behind a GELU or reads another graph says why not."""
     family = SPEECH_FAMILY_OF_HALF[half]
     with record.cell(family, "sites") as cell:
-        sites = whisper_graphs[half].sites
-        found = [(site.kind, " ".join(path.rpartition(".")[2] for path in site.consumers)) for site in sites.fold_sites]
-        assert found == list(family.sites)
-        reasons = {linear.path: linear.no_site_reason or "" for linear in sites.linears if linear.site is None}
-        for path, reason in reasons.items():
-            assert [words for end, words in family.no_site.items() if path.endswith(end) and words in reason], reason
-        assert sites.unmatched == ()
-        cell.text = f"{len(sites.site_by_consumer())} of {len(sites.linears)}"
+        cell.text = check_sites(whisper_graphs[half].sites, family)
 
 
 @pytest.mark.parametrize("half", HALVES)

@@ -31,9 +31,8 @@ from fptq_export.verify.report import VerifyReport
 from tests.families.support_table import Record
 from tests.families.test_parity import PARITY, TIERS
 from tests.halves.conftest import HALVES, SPEECH_FAMILY_OF_HALF
-from tests.halves.test_calibration import SUM_ORDER
 from tests.pipeline.conftest import Command, command
-from tests.support.halves import SpeechForced, seq2seq_model, speech_feed
+from tests.support.halves import SpeechForced, check_statistics, seq2seq_model, speech_feed
 from tests.support.traced import run
 
 __all__ = ["command"]
@@ -127,13 +126,7 @@ def test_block_by_block_measures_what_the_whole_model_reads(whisper_dir: Path, f
     inputs = _whole(whisper_dir, features_file, linears)
     assert stats.channel_absmax.keys() == inputs.keys() == set(linears)
     assert batches.count == 5 * (12 if task == SEQ2SEQ_ENCODER else 20)
-    for path, x in inputs.items():
-        largest = np.abs(x).max(axis=0)
-        bound = SUM_ORDER * largest.max()
-        np.testing.assert_allclose(stats.channel_absmax[path], largest, rtol=0.0, atol=bound, err_msg=path)
-        moments = x.T @ x
-        actual = hessians[path].numpy() * batches.count
-        np.testing.assert_allclose(actual, moments, rtol=0.0, atol=len(x) * SUM_ORDER * moments.max(), err_msg=path)
+    check_statistics(stats.channel_absmax, hessians, inputs, batches.count)
 
 
 def _whole(directory: Path, file: Path, linears: list[str]) -> dict[str, NDArray[np.float32]]:

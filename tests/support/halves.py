@@ -14,10 +14,24 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from fptq_export.graph_io import data_path, load_graph, save_graph, write_weights
 from fptq_export.rewrite.fold_equalization import FoldEqualization
+from fptq_export.sites import Sites
 from fptq_export.tasks import SEQ2SEQ_DECODER, auto_class
+from tests.families.registry import Family
 from tests.support.traced import Traced, causal_feed
 
-__all__ = ["SpeechForced", "TeacherForced", "decoder_feed", "folded_graph", "seq2seq_model", "speech_feed"]
+__all__ = [
+    "SpeechForced",
+    "TeacherForced",
+    "check_sites",
+    "check_statistics",
+    "decoder_feed",
+    "folded_graph",
+    "seq2seq_model",
+    "speech_feed",
+]
+
+SUM_ORDER = 128 * 2.0**-24
+"""Sums over at most 128 terms in another order, relative to the largest: other matrix shapes."""
 
 
 def seq2seq_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -108,3 +122,37 @@ def decoder_feed(
     del feed["attention_mask"], feed["position_ids"]
     all_tokens = np.ones(hidden.shape[:2], np.int64)
     return {**feed, "encoder_hidden_states": hidden, "encoder_attention_mask": all_tokens if mask is None else mask}
+
+
+def check_sites(sites: Sites, family: Family) -> str:
+    """Sites and refusals are those of a family; gives what stands in the support table."""
+    found = [(site.kind, " ".join(path.rpartition(".")[2] for path in site.consumers)) for site in sites.fold_sites]
+    assert found == list(family.sites)
+    reasons = {linear.path: linear.no_site_reason or "" for linear in sites.linears if linear.site is None}
+    for path, reason in reasons.items():
+        assert [words for end, words in family.no_site.items() if path.endswith(end) and words in reason], reason
+    assert sites.unmatched == ()
+    return f"{len(sites.site_by_consumer())} of {len(sites.linears)}"
+
+
+def check_statistics(
+    channel_absmax: Mapping[str, NDArray[np.float32]],
+    hessians: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, NDArray[np.float32]],
+    count: int,
+) -> None:
+    """Maxima and second moments of each linear are those of what it reads.
+
+    Args:
+        channel_absmax: Path -> float32 [in].
+        hessians: Path -> mean of x x^T, [in, in].
+        inputs: Path -> what the linear reads in the whole model, [rows, in].
+        count: Rows that calibration counts.
+    """
+    for path, x in inputs.items():
+        largest = np.abs(x).max(axis=0)
+        bound = SUM_ORDER * largest.max()
+        np.testing.assert_allclose(channel_absmax[path], largest, rtol=0.0, atol=bound, err_msg=path)
+        moments = x.T @ x
+        actual = hessians[path].numpy() * count
+        np.testing.assert_allclose(actual, moments, rtol=0.0, atol=len(x) * SUM_ORDER * moments.max(), err_msg=path)
