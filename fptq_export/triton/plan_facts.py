@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from fptq_export.build.engine_facts import InputRange
 from fptq_export.errors import Problem, UserErrors
 from fptq_export.graph_io import load_graph
+from fptq_export.verify.causal_inputs import WRITE_INDICES
 
 __all__ = ["CacheTensor", "PlanFacts", "PlanTensor", "plan_facts"]
 
 Dim = int | str
 _PAST, _PRESENT = "past_key_values.", "present."
-_WRITE_INDICES = "write_indices"
 _PAST_AXIS = 2
 """Of a cache [batch, heads, past, size]."""
 _TYPES: Mapping[ir.DataType, str] = {
@@ -92,7 +92,7 @@ def plan_facts(graph: Path, profiles: Sequence[Sequence[InputRange]]) -> PlanFac
     inputs = {tensor.name: tensor for tensor in (_tensor(item, symbols, batch, ranges) for item in model.graph.inputs)}
     outputs = {tensor.name: tensor for tensor in (_tensor(item, symbols, batch, {}) for item in model.graph.outputs)}
     pairs = {name: name.replace(_PAST, _PRESENT, 1) for name in inputs if name.startswith(_PAST)}
-    kind: Literal["none", "concat", "static"] = "static" if _WRITE_INDICES in inputs else "concat"
+    kind: Literal["none", "concat", "static"] = "static" if WRITE_INDICES in inputs else "concat"
     return PlanFacts(
         max_batch_size=symbols[batch][1] if batch is not None else 0,
         inputs=tuple(tensor for name, tensor in inputs.items() if name not in pairs),

@@ -11,7 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fptq_export.errors import UserError
-from fptq_export.verify.ort_values import array_from_ort_value, float32_from_ort_value
+from fptq_export.verify.causal_inputs import PAST, feed_from_ids
+from fptq_export.verify.ort_values import DTYPE_FROM_ORT_TYPE, array_from_ort_value, float32_from_ort_value
 from fptq_export.verify.sessions import ORT_ERRORS, OrtForm, first_line, session_from_path
 
 __all__ = ["InPlaceCache", "InPlaceCausalSession"]
@@ -69,10 +70,14 @@ class InPlaceCausalSession:
         self._shapes = {
             value.name: (int(value.shape[1]), int(value.shape[3]))
             for value in self._session.get_inputs()
-            if value.name.startswith(f"{_PAST}.")
+            if PAST.fullmatch(value.name)
         }
         self._vocabulary = next(value.shape[-1] for value in self._session.get_outputs() if value.name == "logits")
-        self._inputs = frozenset(value.name for value in self._session.get_inputs())
+        self._dtypes = {
+            value.name: DTYPE_FROM_ORT_TYPE[value.type]
+            for value in self._session.get_inputs()
+            if value.name not in self._shapes
+        }
 
     @property
     def layers(self) -> int:
@@ -130,12 +135,9 @@ class InPlaceCausalSession:
         return copy
 
     def _run(self, ids: NDArray[np.int64], cache: InPlaceCache) -> tuple[NDArray[np.float32], InPlaceCache]:
-        batch, length = ids.shape
-        buffer, total = cache._buffer, cache.length + length
-        positions = np.broadcast_to(np.arange(cache.length, total), (batch, length))
-        arrays = {"input_ids": ids, "position_ids": positions, "attention_mask": np.ones((batch, total))}
-        for name in arrays.keys() & self._inputs:
-            buffer.binding.bind_cpu_input(name, np.ascontiguousarray(arrays[name], np.int64))
+        buffer, total = cache._buffer, cache.length + ids.shape[1]
+        for name, array in feed_from_ids(ids, cache.length, 0, self._dtypes).items():
+            buffer.binding.bind_cpu_input(name, array)
         try:
             self._session.run_with_iobinding(buffer.binding)
         except _RUN_ERRORS as error:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fptq_export.errors import UserError
 from fptq_export.triton.plan_facts import PlanTensor
 from fptq_export.triton.serving.called_plan import CalledPlan
+from fptq_export.verify.causal_inputs import WRITE_INDICES, feed_from_ids
 
 __all__ = ["PlanCache", "PlanSession"]
 
@@ -91,15 +92,11 @@ class PlanSession:
         return logits, PlanCache(cache.length + input_ids.shape[1], outputs, cache.sequence)
 
     def _fed(self, ids: NDArray[np.int64], past: int) -> list[Any]:
-        batch, tokens = ids.shape
-        positions = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
-        arrays = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": np.ones((batch, self._slots() if self._is_static else past + tokens)),
-            "write_indices": np.full((batch, 1), past),
-        }
-        return [self._tensor(item, arrays[item.name]) for item in self._facts.inputs]
+        dtypes = {item.name: np.dtype(_DTYPES[item.data_type]) for item in self._facts.inputs}
+        arrays = feed_from_ids(ids, past, self._slots() if self._is_static else 0, dtypes)
+        if WRITE_INDICES in arrays:  # the config has a dimension beside the batch's, which the server takes away
+            arrays[WRITE_INDICES] = arrays[WRITE_INDICES][:, None]
+        return [self._backend.Tensor(name, array) for name, array in arrays.items()]
 
     def _slots(self) -> int:
         return next(item.dims[-1] for item in self._facts.inputs if item.name == "attention_mask")
