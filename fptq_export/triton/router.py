@@ -46,6 +46,7 @@ def _config(options: RouterOptions) -> object:
         variant="cpu",
         keep_versions=options.keep_versions,
         max_active=options.max_active,
+        max_queue=options.max_queue,
     )
     config = text_config(options.router, shared)
     config.input.add(name=ROUTE, data_type=data_type("STRING"), dims=[1], optional=True)

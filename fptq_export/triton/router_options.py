@@ -29,6 +29,8 @@ class RouterOptions(BaseModel):
     keep_versions: PositiveInt = 1
     max_active: PositiveInt = 64
     """Requests that are on their way at once."""
+    max_queue: PositiveInt = 256
+    """Requests that may wait behind them; more are refused."""
 
     @model_validator(mode="after")
     def _routes_are_possible(self) -> RouterOptions:

@@ -6,6 +6,7 @@ import json
 import queue
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,24 @@ def test_router_outlives_a_model(routed: TritonServer, answers: dict[str, list[i
         assert post(routed, route="tiny").document["token_ids"] == answers["tiny"]
     finally:
         assert routed.load("tiny-float").status == 200
+
+
+def test_full_router_refuses(repository: Path, server: TritonServer) -> None:
+    """One on its way, one behind it: of a dozen at once some are told to come again, the others are answered whole."""
+    words = ["--repository", str(repository), "--router", "small", "--route", "tiny=1"]
+    assert main(["triton", *words, "--max-active", "1", "--max-queue", "1"]) == 0
+    assert server.load("small").status == 200, server.log_text()[-2000:]
+    body = {**BODY, "max_tokens": 40}
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            replies = list(pool.map(lambda _: server.post("/v2/models/small/generate", body), range(12)))
+        refused = [reply for reply in replies if reply.status != 200]
+        assert all("as many requests wait already as may" in reply.text for reply in refused), refused
+        assert 1 <= len(refused) <= 10
+        assert {len(reply.document["token_ids"]) for reply in replies if reply.status == 200} == {40}
+        assert server.post("/v2/models/small/generate", BODY).status == 200
+    finally:
+        server.unload("small")
 
 
 def test_run_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

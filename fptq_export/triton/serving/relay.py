@@ -48,14 +48,14 @@ def relay(
     request_id: str,
     listener: Callable[[Piece], None] | None = None,
 ) -> Relayed:
-    """Ask a text model of the same server, and wait for its whole answer. Nothing is raised.
+    """Ask a text model of the same server, and wait for its whole answer. What goes wrong there stands in the answer.
 
     Args:
         backend: `triton_python_backend_utils`.
         model: Which one.
         arrays: Inputs of the request that are those of text models; a stream is asked for whatever they say.
         request_id: Of the request.
-        listener: Takes each piece; what it raises ends the answer as cancelled.
+        listener: Takes each piece; `CancelledError` ends the answer as cancelled, and anything else it raises goes on.
     """
     started = perf_counter()
     first: float | None = None

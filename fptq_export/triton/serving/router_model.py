@@ -11,14 +11,16 @@ import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 from numpy.typing import NDArray
 
 from fptq_export.errors import UserError
 from fptq_export.files import read_json_model
+from fptq_export.runtime.refusals import QueueFullError
 from fptq_export.triton.serving.comparison_log import Comparison, ComparisonLog, utc_now
-from fptq_export.triton.serving.relay import Relayed, relay
+from fptq_export.triton.serving.relay import Relayed, RelayError, relay
 from fptq_export.triton.serving.requests import TextRequest, text_request
 from fptq_export.triton.serving.responder import Responder, send_error
 from fptq_export.triton.serving.routing import ROUTE, ROUTE_HEADER, ROUTES_FILE, Choice, Routes
@@ -27,7 +29,8 @@ from fptq_export.triton.text_config import parameter_of
 
 __all__ = ["TritonPythonModel"]
 
-_THREADS = 64
+_THREADS, _WAITING = 64, 256
+"""Requests on their way, and behind them, where the config says nothing."""
 
 
 class TritonPythonModel:
@@ -48,11 +51,17 @@ class TritonPythonModel:
         self._log = None if log is None else ComparisonLog(Path(log))
         threads = parameter_of(version.config, "max_active") or _THREADS
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fptq-route")
+        self._room = BoundedSemaphore(threads + (parameter_of(version.config, "max_queue") or _WAITING))
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered by its own thread."""
         for request in requests:
-            self._pool.submit(self._serve, request, request.get_response_sender())
+            sender = request.get_response_sender()
+            if self._room.acquire(blocking=False):
+                self._pool.submit(self._serve, request, sender)
+            else:
+                full = QueueFullError("server", "as many requests wait already as may", "send it again in a while")
+                send_error(self._backend, sender, full)
 
     def finalize(self) -> None:
         """Wait for the requests that were begun."""
@@ -62,28 +71,38 @@ class TritonPythonModel:
 
     def _serve(self, request: Any, sender: Any) -> None:
         try:
-            arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            asked = text_request(arrays)
-            choice = self._routes.choose(request.request_id(), _wanted(request, arrays))
+            self._answer(request, sender)
         except UserError as error:
             send_error(self._backend, sender, error)
-            return
         except Exception as error:  # noqa: BLE001  one request must not end the model for all
             self._backend.Logger.log_error(traceback.format_exc())
             send_error(self._backend, sender, error)
-            return
+        finally:
+            self._room.release()
+
+    def _answer(self, request: Any, sender: Any) -> None:
+        arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        asked = text_request(arrays)
+        choice = self._routes.choose(request.request_id(), _wanted(request, arrays))
         responder = Responder(self._backend, sender, stream=asked.stream)
         given = relay(self._backend, choice.model, arrays, request.request_id(), responder)
         if given.error is not None:
-            self._send_failure(sender, given)
+            self._send_failure(sender, given.error)
         if self._log is not None:
-            self._log.write(self._comparison(request.request_id(), asked, choice, given, arrays))
+            self._write_comparison(self._log, request.request_id(), asked, choice, given, arrays)
 
-    def _send_failure(self, sender: Any, given: Relayed) -> None:
+    def _send_failure(self, sender: Any, failure: RelayError) -> None:
         """Hand on what the other model, or the server in its place, said."""
-        error = self._backend.TritonError(str(given.error), given.error.code if given.error else None)
+        error = self._backend.TritonError(str(failure), failure.code)
         response = self._backend.InferenceResponse(output_tensors=[], error=error)
         sender.send(response, flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _write_comparison(self, log: ComparisonLog, *parts: Any) -> None:
+        """The client has its answer, so what goes wrong now is the server's alone."""
+        try:
+            log.write(self._comparison(*parts))
+        except Exception:  # noqa: BLE001  a full disk must not end the model
+            self._backend.Logger.log_error(traceback.format_exc())
 
     def _comparison(
         self, request_id: str, asked: TextRequest, choice: Choice, given: Relayed, arrays: Mapping[str, NDArray[Any]]
