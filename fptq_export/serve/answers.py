@@ -36,7 +36,7 @@ class Answer(ABC):
 
     Args:
         model: Name that the request called it by.
-        fingerprint: Of the version and the backend.
+        fingerprint: Of the version, the backend and the kernels.
         prefix: Of its id.
     """
 
@@ -70,7 +70,7 @@ class CompletionAnswer(Answer):
 
     Args:
         model: Name that the request called it by.
-        fingerprint: Of the version and the backend.
+        fingerprint: Of the version, the backend and the kernels.
         echoes: What each text begins with: its prompt, or nothing.
     """
 
@@ -104,7 +104,7 @@ class ChatAnswer(Answer):
 
     Args:
         model: Name that the request called it by.
-        fingerprint: Of the version and the backend.
+        fingerprint: Of the version, the backend and the kernels.
     """
 
     def __init__(self, model: str, fingerprint: str) -> None:

@@ -13,10 +13,10 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from fptq_export import __version__
+from fptq_export.runtime.metrics import METRICS_MEDIA_TYPE
 from fptq_export.serve.answers import Answer, ChatAnswer, CompletionAnswer, server_sent_events, usage_of
 from fptq_export.serve.api_errors import ApiError, ErrorResponse, api_error_from_validation, internal_error
 from fptq_export.serve.body_limit import BodyLimit
-from fptq_export.serve.metrics import METRICS_MEDIA_TYPE
 from fptq_export.serve.requests import ChatRequest, CompletionRequest
 from fptq_export.serve.responses import ChatResponse, CompletionResponse, Model, ModelList
 from fptq_export.serve.service import Service

@@ -40,7 +40,7 @@ class _Head(BaseModel):
     """Seconds since 1970."""
     model: str
     system_fingerprint: str
-    """Version and backend: with the same one, a seed gives the same text."""
+    """Version, backend and kernels: with the same one, a seed gives the same text."""
 
 
 class CompletionChoice(BaseModel):

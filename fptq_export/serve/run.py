@@ -33,8 +33,8 @@ def run_serve(options: ServeOptions, notes: Console, announce: Callable[[str], N
         UserError: A library, a file or the address is not there, or the model cannot be opened.
     """
     check_libraries()
+    from fptq_export.runtime.metrics import Metrics
     from fptq_export.serve.app import app_for_service
-    from fptq_export.serve.metrics import Metrics
     from fptq_export.serve.server import DrainingServer, socket_for_address, url_of_socket
     from fptq_export.serve.service import Service
 
@@ -54,7 +54,7 @@ def run_serve(options: ServeOptions, notes: Console, announce: Callable[[str], N
         if session.tokenizer is None:
             hint = "copy the model's tokenizer files into that directory"
             raise UserError(str(options.source), "there is no tokenizer.json beside the model", hint)
-        note(f"{name} runs in {session.backend}" + (f": {session.note}" if session.note else ""))
+        note(f"{name} is {session.model.name} in {session.backend}" + (f": {session.note}" if session.note else ""))
         metrics = Metrics(name)
         scheduler = Scheduler(session, max_active=options.max_active, max_queue=options.max_queue, observer=metrics)
         service = Service(session, session.tokenizer, scheduler, metrics, name, options.max_queue, keys)

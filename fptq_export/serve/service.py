@@ -12,8 +12,8 @@ from fastapi.concurrency import run_in_threadpool
 from fptq_export import __version__
 from fptq_export.errors import UserError
 from fptq_export.runtime import Sampling, Scheduler, Session, TextTokenizer
+from fptq_export.runtime.metrics import Metrics
 from fptq_export.serve.api_errors import ApiError, api_error_from_refusal, unknown_model, wrong_key
-from fptq_export.serve.metrics import Metrics
 from fptq_export.serve.requests import ChatRequest, CompletionRequest
 from fptq_export.serve.responses import Model
 from fptq_export.serve.texts import Texts
@@ -42,7 +42,7 @@ class Service:
     @property
     def fingerprint(self) -> str:
         """Changes where the same seed may give another text."""
-        return f"fptq-export-{__version__}-{self.session.backend}"
+        return f"fptq-export-{__version__}-{self.session.backend}-{self.session.model.name}"
 
     @property
     def model(self) -> Model:

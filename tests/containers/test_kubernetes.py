@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from fptq_export.serve.metrics import Metrics
+from fptq_export.runtime.metrics import Metrics
 from tests.containers.conftest import SAMPLE
 from tests.containers.steps import Recipe
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from fptq_export.runtime import Scheduler, Session
+from fptq_export.runtime.metrics import Metrics
 from fptq_export.serve.app import app_for_service
-from fptq_export.serve.metrics import Metrics
 from fptq_export.serve.server import DrainingServer, socket_for_address, url_of_socket
 from fptq_export.serve.service import Service
 from fptq_export.verify.sessions import CausalSession

@@ -11,7 +11,7 @@ from typing import Any
 
 from fptq_export.errors import UserError
 from fptq_export.runtime import Scheduler, Session
-from fptq_export.serve.metrics import Metrics
+from fptq_export.runtime.metrics import Metrics
 from fptq_export.triton.serving.metrics import MetricsMirror
 from fptq_export.triton.serving.requests import text_request
 from fptq_export.triton.serving.responder import Responder, send_error
@@ -53,8 +53,8 @@ class TextModel(ABC):
         self._session = self.open_session(version, self._backend)
         if self._session.tokenizer is None:
             raise UserError(str(version.directory), "has no tokenizer.json", "write it again: fptq-export triton")
-        if self._session.note:
-            self._backend.Logger.log_info(f"{version.name}: {self._session.note}")
+        notes = [self._session.model.name, *([self._session.note] if self._session.note else [])]
+        self._backend.Logger.log_info(f"{version.name}: {', '.join(notes)}")
         limits = {key: value for key in ("max_active", "max_queue") if (value := parameter_of(version.config, key))}
         metrics = Metrics(version.name, with_process=False)
         self._mirror = MetricsMirror(metrics.registry, self._backend, {"version": str(version.version)})
