@@ -22,33 +22,43 @@ _FOLD_OUTPUT_ELEMENTS = 1024
 _MERGE_ELEMENTS = min(GROUP_SIZES) - 1
 """Constants up to this size are merged when they are equal. A linear that can be quantized has more channels, so equal
 norm weights or biases of two layers (all ones, all zeros) stay apart and each can be equalized."""
-_ROUNDS = 2
-"""The second round folds what the first one's merging brought together; a third changes nothing on LLaMA."""
 
 
 def clean_up(model: ir.Model) -> None:
     """Fold constants, merge equal nodes and remove unused ones, in place.
 
-    Equal nodes are merged first: it is cheap and leaves the folder a third of the nodes.
+    The second round folds what the first one's merging brought together; a third changes nothing on LLaMA. The
+    library's patterns are looked for once: they take most of the time, and have nothing left to find in the second.
     """
     common.InlinePass()(model)
-    for _ in range(_ROUNDS):
-        common.CommonSubexpressionEliminationPass()(model)
-        fold_constants_ir(
-            model,
-            onnx_shape_inference=False,
-            input_size_limit=_FOLD_INPUT_ELEMENTS,
-            output_size_limit=_FOLD_OUTPUT_ELEMENTS,
-            should_fold=_should_fold,
-        )
-        rewrite(model)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        common.DeduplicateInitializersPass(size_limit=_MERGE_ELEMENTS)(model)
+    _merge_and_fold(model)
+    rewrite(model)
+    _share_constants(model)
+    _merge_and_fold(model)
+    common.RemoveUnusedNodesPass()(model)
+    _share_constants(model)
     drop_idle_reshapes(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
+
+
+def _merge_and_fold(model: ir.Model) -> None:
+    """Equal nodes are merged first: it is cheap and leaves the folder a third of the nodes."""
+    common.CommonSubexpressionEliminationPass()(model)
+    fold_constants_ir(
+        model,
+        onnx_shape_inference=False,
+        input_size_limit=_FOLD_INPUT_ELEMENTS,
+        output_size_limit=_FOLD_OUTPUT_ELEMENTS,
+        should_fold=_should_fold,
+    )
+
+
+def _share_constants(model: ir.Model) -> None:
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass(size_limit=_MERGE_ELEMENTS)(model)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 
@@ -17,7 +18,8 @@ def settings() -> tuple[object, ...]:
     """What tracing sets."""
     fake = torch._dynamo.config.fake_tensor_cache_enabled
     loggers = [logging.getLogger(name).level for name in ("torch.onnx", "torch.export")]
-    return fake, torch.fx.config.do_not_emit_stack_traces, torch.is_grad_enabled(), *loggers, list(warnings.filters)
+    stacks, gradients = torch.fx.config.do_not_emit_stack_traces, torch.is_grad_enabled()
+    return fake, stacks, gradients, gc.get_threshold(), *loggers, list(warnings.filters)
 
 
 def test_tensors_have_no_values_and_no_cache() -> None:
