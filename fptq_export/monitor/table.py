@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fptq_export.monitor.report import MonitorReport, RowFigures
+from fptq_export.range_outputs import name_of_layers
 
 __all__ = ["print_report"]
 
@@ -42,14 +43,8 @@ def _distance(row: RowFigures) -> tuple[float, float]:
 
 
 def _cells(row: RowFigures) -> Iterable[str]:
-    yield _shown(tuple(row.layers))
+    yield name_of_layers(tuple(row.layers))
     yield f"{row.saturation_rate:.4%}"
     yield f"{row.worst_call:.4%}"
     yield "" if row.drift is None else f"{row.drift:.3g}"
     yield "expert:\nnot judged" if row.expert is not None else "\n".join(row.findings).replace("_", " ")
-
-
-def _shown(layers: tuple[str, ...]) -> str:
-    """`a.q_proj`, `a.k_proj` -> `a.q_proj, k_proj`."""
-    parent = layers[0].rpartition(".")[0]
-    return ", ".join((layers[0], *(path.removeprefix(f"{parent}.") for path in layers[1:])))

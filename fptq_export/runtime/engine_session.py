@@ -16,10 +16,12 @@ from fptq_export.build.targets import Target, visible_gpus
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.package.manifest import Manifest
 from fptq_export.plugin.library import library_for_loading
+from fptq_export.range_outputs import COLUMNS, OUTPUT_NAME, RangeOutputs
 from fptq_export.runtime.device_engine import DeviceEngine, IoTensor, Shape
 from fptq_export.runtime.device_memory import DeviceMemory, Tensors
 from fptq_export.runtime.limits import Limits
 from fptq_export.verify.causal_inputs import PAST, SCALE, WRITE_INDICES, feed_from_ids
+from fptq_export.verify.range_output import RangeOutput
 
 __all__ = ["EngineCache", "EngineCausalSession", "engine_problem", "opened_engine"]
 
@@ -59,13 +61,17 @@ class EngineCausalSession:
         engine: The engine.
         memory: What it was opened with.
         name: For reports and errors.
+        ranges: What the rows of its output `range_monitor` are, where it may have one.
 
     Raises:
         UserErrors: The engine's inputs and outputs are not those of a causal language model.
     """
 
-    def __init__(self, engine: DeviceEngine, memory: DeviceMemory, name: str) -> None:
+    def __init__(
+        self, engine: DeviceEngine, memory: DeviceMemory, name: str, ranges: RangeOutputs | None = None
+    ) -> None:
         self.name = name
+        self.range_output = RangeOutput(ranges if _gives(engine, ranges) else None)
         self._engine, self._memory = engine, memory
         self._present_from_past = _present_from_past(engine, name)
         self._dtypes = {key: value.dtype for key, value in engine.inputs.items() if key in _IDS}
@@ -132,6 +138,9 @@ class EngineCausalSession:
         self._engine.run(prepared, {**given.addresses, **old.tensors.addresses, **presents, **results.addresses})
         dtype = self._engine.outputs[_LOGITS].dtype
         logits = self._memory.download(results.addresses[_LOGITS], rest[_LOGITS], dtype)
+        if self.range_output.is_wanted:
+            rows = self._memory.download(results.addresses[OUTPUT_NAME], rest[OUTPUT_NAME], np.dtype(np.float32))
+            self.range_output.tell(rows)
         shapes = {past: prepared.output_shapes[present] for past, present in self._present_from_past.items()}
         return logits.astype(np.float32), EngineCache(new, shapes, cache.batch, length)
 
@@ -158,8 +167,15 @@ def engine_problem(manifest: Manifest, engine: Path | None) -> str | None:
 
 
 @contextmanager
-def opened_engine(manifest: Manifest, engine: Path) -> Iterator[EngineCausalSession]:
+def opened_engine(
+    manifest: Manifest, engine: Path, ranges: RangeOutputs | None = None
+) -> Iterator[EngineCausalSession]:
     """Load an engine on the GPU with the library that built it.
+
+    Args:
+        manifest: Of its run.
+        engine: Its file.
+        ranges: As for `EngineCausalSession`.
 
     Raises:
         UserError: TensorRT or CUDA is not installed, or refuses the engine, with what it said.
@@ -167,7 +183,13 @@ def opened_engine(manifest: Manifest, engine: Path) -> Iterator[EngineCausalSess
     target = Target(str(manifest.stages["build"].summary["target"]))
     plugin = library_for_loading() if manifest.options.plugin == "on" else None
     with closing(DeviceMemory()) as memory, closing(DeviceEngine(target, engine, plugin, memory)) as opened:
-        yield EngineCausalSession(opened, memory, str(engine))
+        yield EngineCausalSession(opened, memory, str(engine), ranges)
+
+
+def _gives(engine: DeviceEngine, ranges: RangeOutputs | None) -> bool:
+    """Whether an engine has the output that is described: the graph may have been written again since."""
+    output = engine.outputs.get(OUTPUT_NAME)
+    return ranges is not None and output is not None and output.shape == (len(ranges.rows), len(COLUMNS))
 
 
 def _present_from_past(engine: DeviceEngine, name: str) -> dict[str, str]:

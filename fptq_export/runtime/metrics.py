@@ -6,6 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from fptq_export.runtime import Observer
+from fptq_export.runtime.range_metrics import RangeCollector
+from fptq_export.runtime.ranges import RangeMonitor
 
 __all__ = ["METRICS_MEDIA_TYPE", "Metrics"]
 
@@ -24,13 +26,16 @@ class Metrics(Observer):
     Args:
         model: Its name, a label of every metric.
         with_process: Count memory, CPU time and open files of this process too.
+        ranges: What the model's static layers clip; None where it does not say so, and there is no such metric.
     """
 
-    def __init__(self, model: str, *, with_process: bool = True) -> None:
+    def __init__(self, model: str, *, with_process: bool = True, ranges: RangeMonitor | None = None) -> None:
         self.registry = CollectorRegistry()
         """Everything that is counted."""
         if with_process:
             ProcessCollector(registry=self.registry)
+        if ranges is not None:
+            self.registry.register(RangeCollector(model, ranges))
         self._requests = Counter(
             "fptq_requests", "Texts that ended, by outcome", (*_LABEL, "outcome"), registry=self.registry
         )

@@ -16,8 +16,9 @@ from fptq_export.runtime.cpu_session import Kernels, cpu_session
 from fptq_export.runtime.engine_session import opened_engine
 from fptq_export.runtime.generation import Completion, Generation, Piece, completion_from_pieces, now
 from fptq_export.runtime.limits import Limits
+from fptq_export.runtime.ranges import range_monitor_of
 from fptq_export.runtime.sampling import Sampling
-from fptq_export.runtime.source import Backend, Source, backend_for, limits_of, source_from_path
+from fptq_export.runtime.source import Backend, Source, backend_for, limits_of, ranges_of_source, source_from_path
 from fptq_export.runtime.text import TextTokenizer, tokenizer_from_directory
 from fptq_export.verify.sessions import CausalSession
 
@@ -54,6 +55,8 @@ class Session:
         self.limits = limits or Limits()
         self.backend: Backend = backend
         self.note = note
+        self.ranges = range_monitor_of(model)
+        """What static layers have clipped so far; None where the model has no output `range_monitor`."""
         self._resources = ExitStack()
 
     @classmethod
@@ -175,7 +178,8 @@ def _model(
         return cpu_session(source.graph, threads, kernels), limits_of(source)
     if source.manifest is None or source.engine is None:
         raise AssertionError("an engine is chosen only where a manifest names it")
-    model = resources.enter_context(opened_engine(source.manifest, source.engine))
+    opened = opened_engine(source.manifest, source.engine, ranges_of_source(source))
+    model = resources.enter_context(opened)
     return model, model.limits
 
 

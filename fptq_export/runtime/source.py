@@ -12,11 +12,12 @@ from fptq_export.errors import UserError
 from fptq_export.package.manifest import Manifest, manifest_of_run, read_manifest
 from fptq_export.package.run_of_engine import engines_of_run, run_of_engine
 from fptq_export.pipeline.run_directory import RunDirectory
+from fptq_export.range_outputs import RangeOutputs, read_range_outputs
 from fptq_export.runtime.engine_session import engine_problem
 from fptq_export.runtime.limits import Limits
 from fptq_export.tasks import CAUSAL_LM
 
-__all__ = ["Backend", "Choice", "Source", "backend_for", "limits_of", "source_from_path"]
+__all__ = ["Backend", "Choice", "Source", "backend_for", "limits_of", "ranges_of_source", "source_from_path"]
 
 Backend = Literal["onnxruntime", "tensorrt"]
 _GRAPH = ".onnx"
@@ -101,6 +102,16 @@ def limits_of(source: Source) -> Limits:
         return Limits()
     options = source.manifest.options
     return Limits(options.max_input_len, options.max_kv_len, options.max_batch_size)
+
+
+def ranges_of_source(source: Source) -> RangeOutputs | None:
+    """What the rows of the output `range_monitor` are; None where the run was not asked for one.
+
+    Raises:
+        UserErrors: `range_outputs.json` was changed.
+    """
+    path = RunDirectory(source.directory).range_outputs
+    return read_range_outputs(path) if path.is_file() else None
 
 
 def _check_task(source: Source) -> None:

@@ -55,7 +55,7 @@ def run_serve(options: ServeOptions, notes: Console, announce: Callable[[str], N
             hint = "copy the model's tokenizer files into that directory"
             raise UserError(str(options.source), "there is no tokenizer.json beside the model", hint)
         note(f"{name} is {session.model.name} in {session.backend}" + (f": {session.note}" if session.note else ""))
-        metrics = Metrics(name)
+        metrics = Metrics(name, ranges=session.ranges)
         scheduler = Scheduler(session, max_active=options.max_active, max_queue=options.max_queue, observer=metrics)
         service = Service(session, session.tokenizer, scheduler, metrics, name, options.max_queue, keys)
         server = DrainingServer(

@@ -11,8 +11,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fptq_export.errors import UserError
+from fptq_export.range_outputs import COLUMNS, OUTPUT_NAME
 from fptq_export.verify.causal_inputs import PAST, feed_from_ids
 from fptq_export.verify.ort_values import DTYPE_FROM_ORT_TYPE, array_from_ort_value, float32_from_ort_value
+from fptq_export.verify.range_output import range_output_from_ort
 from fptq_export.verify.sessions import ORT_ERRORS, OrtForm, first_line, session_from_path
 
 __all__ = ["InPlaceCache", "InPlaceCausalSession"]
@@ -34,6 +36,8 @@ class _Buffer:
     slots: int
     logits: Any
     """OrtValue float32 [B, 1, V]."""
+    ranges: Any
+    """OrtValue float32 [rows, 3], the output `range_monitor`; None where the graph has none."""
     filled: int = 0
     """Tokens that were written last: a cache of another length is one that the text went on from already."""
 
@@ -67,6 +71,7 @@ class InPlaceCausalSession:
         self.name = name
         self._path = path
         self._session = session_from_path(path, threads, "all", form, spin=spin)
+        self.range_output = range_output_from_ort(path, self._session)
         self._shapes = {
             value.name: (int(value.shape[1]), int(value.shape[3]))
             for value in self._session.get_inputs()
@@ -123,7 +128,15 @@ class InPlaceCausalSession:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(name.replace(_PAST, _PRESENT, 1), value)
-        return _Buffer(binding, values, slots, logits)
+        return _Buffer(binding, values, slots, logits, self._bound_ranges(binding))
+
+    def _bound_ranges(self, binding: Any) -> Any:
+        described = self.range_output.described
+        if described is None:
+            return None
+        ranges = ort.OrtValue.ortvalue_from_shape_and_type([len(described.rows), len(COLUMNS)], np.float32)
+        binding.bind_ortvalue_output(OUTPUT_NAME, ranges)
+        return ranges
 
     def _copied(self, buffer: _Buffer, length: int, needed: int) -> _Buffer:
         """The first tokens of a buffer in another one with enough slots."""
@@ -147,4 +160,6 @@ class InPlaceCausalSession:
                 "check that the tokens come from this model's tokenizer, and export the model again",
             ) from error
         buffer.filled = total
+        if self.range_output.is_wanted:
+            self.range_output.tell(array_from_ort_value(buffer.ranges))
         return float32_from_ort_value(buffer.logits), InPlaceCache(total, buffer)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from fptq_export.errors import Problem, UserError, UserErrors
+from fptq_export.range_outputs import OUTPUT_NAME
 from fptq_export.verify.all_logits import gives_last_only, graph_with_all_logits
 from fptq_export.verify.causal_inputs import PAST, PRESENT, SCALE, WRITE_INDICES, feed_from_ids
 from fptq_export.verify.ort_form import ORT_ERRORS, OrtForm, first_line, register_operators
@@ -22,6 +23,7 @@ from fptq_export.verify.ort_values import (
     float32_from_ort_value,
     ort_value_from_array,
 )
+from fptq_export.verify.range_output import range_output_from_ort
 
 __all__ = [
     "FLOAT_TYPES",
@@ -160,6 +162,7 @@ class OnnxCausalSession:
         self._session = session_from_path(path, threads, optimization, graph, spin=spin)
         self._signature = _signature_from_session(path, self._session, self.inputs)
         self._outputs = ["logits", *self._signature.past_from_present]
+        self.range_output = range_output_from_ort(path, self._session)
 
     @property
     def layers(self) -> int:
@@ -222,13 +225,16 @@ class OnnxCausalSession:
 
     def _run(self, feed: Mapping[str, Any], length: int) -> tuple[NDArray[np.float32], OnnxCache]:
         try:
-            logits, *presents = self._session.run_with_ort_values(self._outputs, feed)
+            ranges = [OUTPUT_NAME] if self.range_output.is_wanted else []
+            logits, *presents = self._session.run_with_ort_values([*self._outputs, *ranges], feed)
         except ORT_ERRORS as error:
             raise UserError(
                 str(self._path),
                 f"ONNX Runtime cannot run it ({first_line(error)})",
                 "check that the tokens come from this model's tokenizer, and export the model again",
             ) from error
+        if ranges:
+            self.range_output.tell(float32_from_ort_value(presents.pop()))
         past_names = self._signature.past_from_present.values()
         return float32_from_ort_value(logits), OnnxCache(dict(zip(past_names, presents, strict=True)), length)
 

@@ -13,6 +13,7 @@ import pytest
 
 from fptq_export.build.profiles import LlmLimits
 from fptq_export.graph_io import load_graph, save_graph
+from fptq_export.range_outputs import RangeOutputs
 from fptq_export.rewrite.fix_cache_length import FixCacheLength
 from fptq_export.rewrite.graph_form import bring_into_form
 from fptq_export.runtime.engine_session import EngineCausalSession, opened_engine
@@ -54,9 +55,11 @@ def opened(tensorrt: FakeTensorRT, tmp_path: Path) -> Iterator[Opened]:
     """Open an engine of a graph; closed at the end, when no device memory may be left."""
     contexts: list[AbstractContextManager[Any]] = []
 
-    def open_(graph: Path, limits: tuple[LlmLimits, ...] = (LIMITS,), **options: Any) -> Any:
+    def open_(
+        graph: Path, limits: tuple[LlmLimits, ...] = (LIMITS,), ranges: RangeOutputs | None = None, **options: Any
+    ) -> Any:
         plan = fake_tensorrt.plan_of_graph(graph, tmp_path / "out.plan", limits, **options)
-        contexts.append(opened_engine(manifest(), plan))
+        contexts.append(opened_engine(manifest(), plan, ranges))
         return contexts[-1].__enter__()
 
     yield open_

@@ -126,7 +126,7 @@ def serving(
 ) -> Iterator[Served]:
     """Serve a session on a free port."""
     assert session.tokenizer is not None
-    metrics = Metrics(NAME)
+    metrics = Metrics(NAME, ranges=session.ranges)
     scheduler = Scheduler(session, max_active=max_active, max_queue=max_queue, observer=metrics)
     service = Service(session, session.tokenizer, scheduler, metrics, NAME, max_queue, keys)
     notes: list[str] = []

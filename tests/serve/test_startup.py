@@ -53,6 +53,23 @@ def test_address_and_backend_are_said(ends_at_once: list[str], chat_run: Path) -
     assert not url.endswith(":0/v1")
 
 
+def test_what_static_layers_clip_is_counted(
+    run_with_ranges: Path, ends_at_once: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with the output gets the metric without an option; it is on the page before the first request."""
+    pages: list[bytes] = []
+    startup = server.DrainingServer.startup
+
+    async def kept_page(self: server.DrainingServer, sockets: Any = None) -> None:
+        pages.append(self.config.app.state.service.metrics.page())
+        await startup(self, sockets)
+
+    monkeypatch.setattr(server.DrainingServer, "startup", kept_page)
+    served_notes(ServeOptions(source=run_with_ranges, port=0, backend="onnxruntime", threads=1), ends_at_once)
+    (page,) = pages
+    assert b'layers="model.layers.0.self_attn.q_proj, k_proj, v_proj"' in page
+
+
 @pytest.mark.parametrize("keys", [False, True])
 def test_open_address_without_keys_is_pointed_out(
     ends_at_once: list[str], chat_run: Path, tmp_path: Path, keys: bool

@@ -56,7 +56,7 @@ class TextModel(ABC):
         notes = [self._session.model.name, *([self._session.note] if self._session.note else [])]
         self._backend.Logger.log_info(f"{version.name}: {', '.join(notes)}")
         limits = {key: value for key in ("max_active", "max_queue") if (value := parameter_of(version.config, key))}
-        metrics = Metrics(version.name, with_process=False)
+        metrics = Metrics(version.name, with_process=False, ranges=self._session.ranges)
         self._mirror = MetricsMirror(metrics.registry, self._backend, {"version": str(version.version)})
         self._scheduler = Scheduler(self._session, workers=self.workers, observer=metrics, **limits)
 
