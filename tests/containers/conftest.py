@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pathspec import GitIgnoreSpec
 
+from fptq_export.cpu.build import extension_path, operators_path
 from fptq_export.plugin.library import LOADED_LIBRARY, REGISTERING_LIBRARY
 from tests.containers.installed import link_packages, requirements_from_file
 from tests.containers.steps import Machine, Recipe, Stage, build, read_recipe
@@ -87,9 +88,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stand_in_for_compilers(command: str, stage: Stage) -> bool:
-    """Keep `apt-get` from this machine and, but for FPTQ_ALL_CONTAINER_STEPS=1, CUDA's compiler from being run.
+    """Keep `apt-get` from this machine and, but for FPTQ_ALL_CONTAINER_STEPS=1, the compilers from being run.
 
-    Empty files stand for the plugin libraries: later steps copy them.
+    Empty files stand for the plugin libraries: later steps copy them. What `make kernels` compiled here, where it did,
+    stands for the CPU kernels: later steps pack and load them.
     """
     if command.startswith("apt-get"):
         return True
@@ -100,5 +102,9 @@ def stand_in_for_compilers(command: str, stage: Stage) -> bool:
         folder.mkdir(parents=True)
         for name in (LOADED_LIBRARY, REGISTERING_LIBRARY):
             (folder / name).write_bytes(b"")
+        return True
+    if "fptq_export.cpu build" in command:
+        for built in filter(Path.is_file, (extension_path(), operators_path())):
+            shutil.copy2(built, stage.directory / "fptq_export" / "cpu")
         return True
     return "requirements.plugin.txt" in command

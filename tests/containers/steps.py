@@ -134,12 +134,24 @@ def build(recipe: Recipe, targets: Sequence[str], root: Path, machine: Machine) 
     """
     stages: dict[str, Stage] = {}
     for name in dict.fromkeys(name for target in targets for name in recipe.needed_by(target)):
-        folder = root / name
-        folder.mkdir(parents=True)
-        stages[name] = Stage(root=folder, directory=folder, variables={"PATH": machine.environment["PATH"]})
+        stages[name] = _begun(stages.get(recipe.bases[name]), root / name, machine)
         for instruction in recipe.stages[name]:
             _carry_out(instruction, name, stages, recipe.arguments, machine)
     return stages
+
+
+def _begun(origin: Stage | None, folder: Path, machine: Machine) -> Stage:
+    """A stage before its first instruction: a copy of the stage it starts from, or what a base image has."""
+    if origin is None:
+        folder.mkdir(parents=True)
+        return Stage(root=folder, directory=folder, variables={"PATH": machine.environment["PATH"]})
+    shutil.copytree(origin.root, folder, symlinks=True)
+
+    def moved(text: str) -> str:
+        return text.replace(str(origin.root), str(folder))
+
+    variables = {name: moved(value) for name, value in origin.variables.items()}
+    return Stage(folder, Path(moved(str(origin.directory))), variables, dict(origin.recorded))
 
 
 def _carry_out(

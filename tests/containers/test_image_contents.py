@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from fptq_export.cpu.build import extension_path, operators_path
+from fptq_export.cpu.extension import BUILD_COMMAND
 from fptq_export.runtime import Sampling, Session
 from tests.containers.conftest import SAMPLE
 from tests.containers.installed import requirements_from_file
@@ -29,7 +31,7 @@ from fptq_export.runtime import Sampling, Session
 with Session.open(sys.argv[1], backend="onnxruntime", threads=1) as session:
     completion = session.generate({PROMPT!r}, Sampling(max_tokens={TOKENS}, ignore_eos=True))
 imported = sorted({{name.partition(".")[0] for name in sys.modules}})
-print(json.dumps({{"token_ids": completion.token_ids, "imported": imported}}))
+print(json.dumps({{"token_ids": completion.token_ids, "runs": session.model.name, "imported": imported}}))
 """
 
 
@@ -38,6 +40,8 @@ class Answer:
     """What a Python of the image gave."""
 
     token_ids: list[int]
+    runs: str
+    """Name of the model, which says what computes its linears."""
     imported: list[str]
     """Modules and packages, top level."""
 
@@ -64,6 +68,13 @@ def test_image_answers_as_this_environment_does(answer: Answer, finished_run: Pa
     with Session.open(finished_run / "run", backend="onnxruntime", threads=1) as session:
         expected = session.generate(PROMPT, Sampling(max_tokens=TOKENS, ignore_eos=True))
     assert tuple(answer.token_ids) == expected.token_ids
+
+
+def test_image_runs_the_cpu_kernels(answer: Answer) -> None:
+    """They came with the wheel, are where the package looks for them, and load without what compiled them."""
+    if not (operators_path().is_file() and extension_path().is_file()):
+        pytest.skip(f"the CPU kernels are not built here, so none stand for the image's; next: {BUILD_COMMAND}")
+    assert answer.runs == "model.w4a8.onnx (CPU kernels)"
 
 
 def test_image_installs_no_torch(installed: Path) -> None:
