@@ -14,10 +14,11 @@ from fptq_export.package.manifest import Manifest
 from fptq_export.package.run_of_engine import BUILD, engines_of_run, run_of_engine
 from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.plugin import library_for_loading, library_that_registers
+from fptq_export.range_outputs import OUTPUT_NAME, RangeOutputs, read_range_outputs
 from fptq_export.triton.models import MODEL_FILE, Models, model_file, model_name
 from fptq_export.triton.options import TritonOptions
 from fptq_export.triton.plan_config import plan_config
-from fptq_export.triton.plan_facts import plan_facts
+from fptq_export.triton.plan_facts import PlanFacts, plan_facts
 from fptq_export.triton.repository import ModelVersion, next_version
 from fptq_export.triton.serving.called_plan import CALLED_PLAN_FILE, CalledPlan, text_problem
 from fptq_export.triton.text_config import text_config
@@ -26,6 +27,7 @@ from fptq_export.triton.text_models import NEEDS_PACKAGE, tokenizer_copies
 __all__ = ["engine_models"]
 
 _PLAN_FILE = "model.plan"
+_UNBATCHED = "Triton gives the engine one text a call: its output range_monitor, or another one, has no batch in front"
 
 
 def engine_models(options: TritonOptions, manifest: Manifest) -> Models:
@@ -49,8 +51,17 @@ def engine_models(options: TritonOptions, manifest: Manifest) -> Models:
     problem = text_problem(facts)
     if problem is not None:
         return Models((plan,), tuple(needs), plugin, notes=(f"no text model: {problem}",))
-    text = _text_model(options, name, CalledPlan(plan=plan_name, stateful=_is_stateful(options), facts=facts), version)
-    return Models((plan, text), (*needs, NEEDS_PACKAGE), plugin)
+    called = CalledPlan(
+        plan=plan_name, stateful=_is_stateful(options), facts=facts, ranges=_ranges(options.source, facts)
+    )
+    notes = (_UNBATCHED,) if facts.batch_dims else ()
+    return Models((plan, _text_model(options, name, called, version)), (*needs, NEEDS_PACKAGE), plugin, notes=notes)
+
+
+def _ranges(source: Path, facts: PlanFacts) -> RangeOutputs | None:
+    """What the rows of the engine's output `range_monitor` are, where it has one."""
+    has_output = any(item.name == OUTPUT_NAME for item in facts.outputs)
+    return read_range_outputs(RunDirectory(source).range_outputs) if has_output else None
 
 
 def _engine(options: TritonOptions, manifest: Manifest) -> tuple[Path, EngineFacts]:

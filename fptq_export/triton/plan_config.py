@@ -62,8 +62,12 @@ def check_stateful(facts: PlanFacts) -> None:
     """Refuse an engine whose cache Triton cannot keep between calls.
 
     Raises:
-        UserError: Its cache grows, or it has none.
+        UserError: Its cache grows, it has none, or an output has no batch in front.
     """
+    if facts.batch_dims:
+        reason = "not every output has the batch in front, as range_monitor has not, and Triton batches its sequences"
+        hint = "fptq-export rewrite DIR --no-emit-range-outputs and build again, or take --variant stateless"
+        raise UserError("--variant stateful", reason, hint)
     if facts.cache_kind == "static":
         return
     reason = {
@@ -112,7 +116,7 @@ def _add_cuda_graph(config: Any, facts: PlanFacts, inputs: Sequence[PlanTensor])
     """Capture the decode step: with a static cache all its shapes are known."""
     cuda = config.optimization.cuda
     cuda.graphs = True
-    spec = cuda.graph_spec.add(batch_size=1)
+    spec = cuda.graph_spec.add(batch_size=min(1, facts.max_batch_size))  # 0 where Triton knows of no batch
     for tensor in inputs:
         spec.input[tensor.name].dim.extend(_shape(tensor, facts, tokens=1))
 
@@ -124,7 +128,7 @@ def _warm_up_lengths(facts: PlanFacts) -> tuple[int, ...]:
 
 
 def _add_warm_up(config: Any, facts: PlanFacts, inputs: Sequence[PlanTensor], tokens: int) -> None:
-    sample = config.model_warmup.add(name=f"{tokens} tokens", batch_size=min(1, config.max_batch_size))
+    sample = config.model_warmup.add(name=f"{tokens} tokens", batch_size=1)
     for tensor in inputs:
         item = sample.inputs[tensor.name]
         item.data_type = data_type(tensor.data_type)
@@ -133,9 +137,13 @@ def _add_warm_up(config: Any, facts: PlanFacts, inputs: Sequence[PlanTensor], to
 
 
 def _shape(tensor: PlanTensor, facts: PlanFacts, tokens: int) -> list[int]:
-    """The shape of an input, without the batch, in a call of so many tokens behind a cache of the optimal length."""
-    past = facts.cache[0].past.optimum[_PAST_AXIS] if facts.cache else 0
+    """The shape of an input in a call of so many tokens behind a cache of the optimal length.
+
+    As in the config: without the batch, or with a batch of 1 in front.
+    """
+    skip = facts.batch_dims
+    past = facts.cache[0].past.optimum[_PAST_AXIS + skip] if facts.cache else 0
     varying = {_IDS: tokens, _POSITIONS: tokens, _MASK: past + tokens}
     by_name = varying if facts.cache_kind != "none" else {}
-    sizes = zip(tensor.dims, tensor.optimum, strict=True)
-    return [by_name.get(tensor.name, size) if dim < 0 else dim for dim, size in sizes] or [1]
+    sizes = zip(tensor.dims[skip:], tensor.optimum[skip:], strict=True)
+    return [1] * skip + [by_name.get(tensor.name, size) if dim < 0 else dim for dim, size in sizes] or [1]

@@ -71,6 +71,14 @@ class PlanFacts(_Model):
     max_kv_len: int | None = None
     """Most tokens in the cache when a text has been written token by token."""
 
+    @property
+    def batch_dims(self) -> int:
+        """1 where the inputs of a causal language model have the batch among their `dims`, in front; else 0.
+
+        So it is with an output without a batch, as `range_monitor` is: Triton wants the batch in front of all or none.
+        """
+        return int(self.max_batch_size == 0 and bool(self.cache))
+
 
 def plan_facts(graph: Path, profiles: Sequence[Sequence[InputRange]]) -> PlanFacts:
     """Facts of an engine.

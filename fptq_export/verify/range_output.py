@@ -62,10 +62,12 @@ def range_output_from_ort(path: Path, session: Any) -> RangeOutput:
     try:
         described = RangeOutputs.model_validate_json(text)
     except ValidationError as error:
-        described, cause = None, f"cannot be read ({error.error_count()} wrong fields)"
-    else:
-        cause = f"describe {len(described.rows)} rows of an output {shape}"
-    if described is None or shape != [len(described.rows), len(COLUMNS)]:
-        where = f"{path}, metadata {METADATA_KEY!r}"
-        raise UserError(where, cause, "write the graph again: fptq-export rewrite DIR --emit-range-outputs")
+        raise _misfit(path, f"cannot be read ({error.error_count()} wrong fields)") from None
+    if shape != [len(described.rows), len(COLUMNS)]:
+        raise _misfit(path, f"describe {len(described.rows)} rows, and the output is {shape}")
     return RangeOutput(described)
+
+
+def _misfit(path: Path, cause: str) -> UserError:
+    hint = "write the graph again: fptq-export rewrite DIR --emit-range-outputs"
+    return UserError(f"{path}, metadata {METADATA_KEY!r}", cause, hint)

@@ -61,7 +61,8 @@ def test_what_static_layers_clip_is_counted(
     startup = server.DrainingServer.startup
 
     async def kept_page(self: server.DrainingServer, sockets: Any = None) -> None:
-        pages.append(self.config.app.state.service.metrics.page())
+        app: Any = self.config.app
+        pages.append(app.state.service.metrics.page())
         await startup(self, sockets)
 
     monkeypatch.setattr(server.DrainingServer, "startup", kept_page)

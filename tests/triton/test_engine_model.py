@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,9 @@ import pytest
 
 from fptq_export.runtime import Sampling, Session
 from fptq_export.triton.options import TritonOptions, Variant
-from fptq_export.triton.protobuf import config_from_text, text_from_config
 from fptq_export.triton.run import run_triton
 from tests.support.triton_server import TritonServer
-from tests.triton.engine_runs import LIMITS, engine_run
+from tests.triton.engine_runs import LIMITS, engine_run, stand_in
 
 PROMPT = "An assignment"
 NEW_TOKENS = 8
@@ -37,26 +34,6 @@ def served(
         reply = server.load(model)
         assert reply.status == 200, f"{reply.text}\n{server.log_text()[-3000:]}"
     return name, run
-
-
-def stand_in(model: Path, run: Path) -> None:
-    """Put ONNX Runtime in the engine's place; everything else of the config stays, so the server checks it."""
-    path = model / "config.pbtxt"
-    config = config_from_text(path.read_text(encoding="utf-8"), str(path))
-    config.platform, config.backend, config.default_model_filename = "", "python", ""
-    config.instance_group[0].kind = config.instance_group[0].KIND_CPU
-    config.optimization.ClearField("cuda")
-    states = {state.input_name: list(state.dims) for state in config.sequence_batching.state}
-    if states:
-        del config.sequence_batching.state[:]
-        del config.model_warmup[:]
-    config.parameters["states"].string_value = json.dumps(states)
-    path.write_text(text_from_config(config), encoding="utf-8")
-    version = model / "1"
-    (version / "model.plan").unlink()
-    shutil.copy(Path(__file__).parent / "plan_double.py", version / "model.py")
-    for name in ("model.w4a8.onnx", "model.w4a8.onnx.data"):
-        shutil.copy(run / name, version)
 
 
 def generated(server: TritonServer, name: str, **body: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -184,3 +184,28 @@ def test_needs_are_written_down(concat_run: Path, tmp_path: Path) -> None:
     written(concat_run, tmp_path / "models")
     report = json.loads((tmp_path / "models" / "triton.json").read_text(encoding="utf-8"))
     assert report["needs"][:2] == ["TensorRT 10.16.0", "a GPU of compute capability 8.9"]
+
+
+@pytest.mark.parametrize("kv_cache", ["concat", "static"])
+def test_engine_that_says_what_it_clips_has_its_batch_among_the_dimensions(
+    server: TritonServer, repository: Path, finished_run: Path, tmp_path: Path, kv_cache: Literal["concat", "static"]
+) -> None:
+    """Triton wants the batch in front of every output or of none; warm-up and CUDA graph are of one text."""
+    run = engine_run(finished_run, tmp_path / "run", kv_cache, "--emit-range-outputs")
+    name = f"plan-ranged-{kv_cache}"
+    config = written(run, repository, name=name)
+    past = [-1, HEADS, SLOTS if kv_cache == "static" else -1, HEAD_SIZE]
+    assert config.max_batch_size == 0
+    assert not config.HasField("dynamic_batching")
+    assert shapes(config.input)["input_ids"] == [-1, -1]
+    assert shapes(config.input)[CACHE[0]] == past
+    assert shapes(config.output)["range_monitor"] == [8, 3]
+    decode = config.model_warmup[-1]
+    sizes = {tensor: list(item.dims) for tensor, item in decode.inputs.items()}
+    assert decode.batch_size == 1
+    assert sizes["input_ids"] == sizes["position_ids"] == [1, 1]
+    assert sizes[CACHE[0]] == [1, HEADS, SLOTS if kv_cache == "static" else LIMITS.max_kv_len // 2, HEAD_SIZE]
+    assert [spec.batch_size for spec in config.optimization.cuda.graph_spec] == [0] * (kv_cache == "static")
+    assert "unable to find backend library for backend 'tensorrt'" in server.load(f"{name}-plan").document["error"]
+    with pytest.raises(UserError, match="no-emit-range-outputs"):
+        written(run, repository, name=f"{name}-state", variant="stateful")

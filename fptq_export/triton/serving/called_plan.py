@@ -6,6 +6,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
+from fptq_export.range_outputs import RangeOutputs
 from fptq_export.triton.plan_facts import PlanFacts
 
 __all__ = ["CALLED_PLAN_FILE", "CalledPlan", "text_problem"]
@@ -25,6 +26,8 @@ class CalledPlan(BaseModel):
     stateful: bool
     """Whether the server keeps the cache."""
     facts: PlanFacts
+    ranges: RangeOutputs | None = None
+    """What the rows of its output `range_monitor` are, where it has one."""
 
 
 def text_problem(facts: PlanFacts) -> str | None:
@@ -36,4 +39,6 @@ def text_problem(facts: PlanFacts) -> str | None:
         return f"the engine reads {', '.join(sorted(names - _FED)) or 'no tokens'}, which no text model gives"
     if any(item.past.data_type == "BF16" for item in facts.cache):
         return "the cache is BF16, a type that NumPy, which the Python backend uses, does not have"
+    if facts.batch_dims and facts.cache[0].past.dims[0] > 1:
+        return f"the engine takes {facts.cache[0].past.dims[0]} texts a call, no fewer"
     return None

@@ -24,6 +24,6 @@ class TritonPythonModel(TextModel):
     def open_session(self, version: ServedVersion, backend: Any) -> Session:
         """The engine's model of the same version."""
         plan = read_json_model(version.directory / CALLED_PLAN_FILE, CalledPlan)
-        limits = Limits(plan.facts.max_input_len, plan.facts.max_kv_len, plan.facts.max_batch_size)
+        limits = Limits(plan.facts.max_input_len, plan.facts.max_kv_len, max(1, plan.facts.max_batch_size))
         model = PlanSession(backend, plan, version.version)
         return Session(model, tokenizer_from_directory(version.directory), limits, backend="tensorrt")

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fptq_export.errors import UserError
+from fptq_export.range_outputs import OUTPUT_NAME
 from fptq_export.triton.plan_facts import PlanTensor
 from fptq_export.triton.serving.called_plan import CalledPlan
 from fptq_export.verify.causal_inputs import WRITE_INDICES, feed_from_ids
+from fptq_export.verify.range_output import RangeOutput
 
 __all__ = ["PlanCache", "PlanSession"]
 
@@ -63,6 +65,7 @@ class PlanSession:
         self._facts = plan.facts
         self._is_static = plan.facts.cache_kind == "static"
         self._sequences = itertools.count(1)
+        self.range_output = RangeOutput(plan.ranges)
 
     def prefill(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], PlanCache]:
         """Run a prompt: int64 [1, S] -> logits float32 [1, S, V], or [1, 1, V] where the engine gives the last."""
@@ -89,12 +92,15 @@ class PlanSession:
         number = cache.sequence.number if cache.sequence is not None else 0
         outputs = self._call([*self._fed(input_ids, cache.length), *past], number, flags)
         logits = _host_array(outputs.pop(_LOGITS)).astype(np.float32)
+        if OUTPUT_NAME in outputs:
+            self.range_output.tell(_host_array(outputs.pop(OUTPUT_NAME)))
         return logits, PlanCache(cache.length + input_ids.shape[1], outputs, cache.sequence)
 
     def _fed(self, ids: NDArray[np.int64], past: int) -> list[Any]:
         dtypes = {item.name: np.dtype(_DTYPES[item.data_type]) for item in self._facts.inputs}
         arrays = feed_from_ids(ids, past, self._slots() if self._is_static else 0, dtypes)
-        if WRITE_INDICES in arrays:  # the config has a dimension beside the batch's, which the server takes away
+        if WRITE_INDICES in arrays and not self._facts.batch_dims:
+            # The config has a dimension beside the batch's, which the server takes away.
             arrays[WRITE_INDICES] = arrays[WRITE_INDICES][:, None]
         return [self._backend.Tensor(name, array) for name, array in arrays.items()]
 
@@ -105,7 +111,8 @@ class PlanSession:
         return self._backend.Tensor(item.name, np.ascontiguousarray(array, _DTYPES[item.data_type]))
 
     def _empty_cache(self, batch: int) -> list[Any]:
-        shapes = {item.past: tuple(max(dim, 0) for dim in item.past.dims) for item in self._facts.cache}
+        skip = self._facts.batch_dims
+        shapes = {item.past: tuple(max(dim, 0) for dim in item.past.dims[skip:]) for item in self._facts.cache}
         return [self._tensor(past, np.zeros((batch, *shape))) for past, shape in shapes.items()]
 
     def _renamed(self, name: str, tensor: Any) -> Any:
@@ -113,9 +120,10 @@ class PlanSession:
         return self._backend.Tensor.from_dlpack(name, tensor.to_dlpack())
 
     def _call(self, inputs: list[Any], number: int, flags: int) -> dict[str, Any]:
+        ranges = [OUTPUT_NAME] if self.range_output.is_wanted else []
         request = self._backend.InferenceRequest(
             model_name=self._plan.plan,
-            requested_output_names=[_LOGITS, *(item.present for item in self._carried())],
+            requested_output_names=[_LOGITS, *ranges, *(item.present for item in self._carried())],
             inputs=inputs,
             model_version=self._version,
             correlation_id=number,
