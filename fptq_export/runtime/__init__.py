@@ -2,6 +2,7 @@
 
 from fptq_export.runtime.generation import Completion, FinishReason, Piece
 from fptq_export.runtime.limits import Limits
+from fptq_export.runtime.ranges import RangeMonitor
 from fptq_export.runtime.sampling import Sampling
 from fptq_export.runtime.scheduler import Handle, Observer, Scheduler
 from fptq_export.runtime.session import Session
@@ -17,6 +18,7 @@ __all__ = [
     "Limits",
     "Observer",
     "Piece",
+    "RangeMonitor",
     "Sampling",
     "Scheduler",
     "Session",
