@@ -1,4 +1,4 @@
-"""The tiny model of samples/06_cpp_runner/tests/machine_double.h a second time, without a cache; and its plan."""
+"""The tiny model of samples/06_cpp_runner/tests/tiny_model.h a second time, without a cache; and its plan."""
 
 from __future__ import annotations
 
