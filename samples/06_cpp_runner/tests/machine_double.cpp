@@ -39,11 +39,13 @@ class Double final : public Machine {
     device_ = device.get();
     return device;
   }
-  std::unique_ptr<Engine> OpenEngine(const std::string& plan, const std::string& /*plugin*/,
+  std::unique_ptr<Engine> OpenEngine(const std::string& plan, const std::string& plugin,
                                      Device& /*device*/) override {
     std::ifstream file(plan, std::ios::binary);
     file.seekg(kHeaderBytes);
-    return TinyModelEngine(Spec(Settings(file)), *device_);
+    const Spec spec{Settings(file)};
+    if (spec.carries_plugin && plugin != kEmbedded) throw Error(plan, "brings code that may not run");
+    return TinyModelEngine(spec, *device_);
   }
 
  private:

@@ -45,6 +45,7 @@ struct Spec {
   std::int64_t batch, input, past;  // largest of each
   std::string ids, type, logits;    // "int64", "float16", "all" or "last"
   bool two_profiles;                // one for prompts, one for one token behind them
+  bool carries_plugin;              // it loads only where its own code may run
 
   explicit Spec(const Settings& settings)
       : is_static(settings.Number("static", 0) != 0),
@@ -59,7 +60,8 @@ struct Spec {
         ids(settings.Text("ids", "int64")),
         type(settings.Text("type", "float16")),
         logits(settings.Text("logits", "all")),
-        two_profiles(settings.Number("two_profiles", 0) != 0) {}
+        two_profiles(settings.Number("two_profiles", 0) != 0),
+        carries_plugin(settings.Number("carries_plugin", 0) != 0) {}
 
   [[nodiscard]] std::int64_t slots() const { return past + input; }
 };
