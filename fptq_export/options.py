@@ -125,6 +125,8 @@ class RunOptions(BaseModel):
     builder_optimization_level: int = Field(default=3, ge=0, le=5)
     plugin: Literal["off", "on"] = "off"
     """Whether the W4A8 plugin runs the quantized linears; off lowers them to standard operators."""
+    embed_plugin: bool = False
+    """Put the plugin library into the engine, which then loads without one beside it; needs `plugin` on."""
     fuse_projections: bool = True
     """Let the plugin multiply once where several linears read one tensor (q, k and v; gate and up)."""
     mem_pool_size: str | None = None

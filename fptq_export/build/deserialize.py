@@ -47,7 +47,9 @@ def load_plugins(trt: Any, library: Path) -> None:
         raise UserError(str(library), cause, "build it again: python -m fptq_export.plugin build")
 
 
-def deserialized_engine(trt: Any, runtime: Any, engine: Path, plugin: Path | None) -> Any | None:
+def deserialized_engine(
+    trt: Any, runtime: Any, engine: Path, plugin: Path | None, *, host_code: bool = False
+) -> Any | None:
     """The engine in a file; None where TensorRT refuses it: the runtime's logger then has the reasons.
 
     Args:
@@ -55,12 +57,15 @@ def deserialized_engine(trt: Any, runtime: Any, engine: Path, plugin: Path | Non
         runtime: Made with a logger; must outlive the engine.
         engine: The file.
         plugin: Library of the plugins it needs.
+        host_code: Whether TensorRT may run code that the file brings: an engine that carries its plugin does. Such a
+            file must be one that is trusted, like a program.
 
     Raises:
         UserError: The plugin library brings no plugin.
     """
     if plugin is not None:
         load_plugins(trt, plugin)
+    runtime.engine_host_code_allowed = host_code
     return runtime.deserialize_cuda_engine(engine.read_bytes())
 
 

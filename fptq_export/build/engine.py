@@ -83,6 +83,8 @@ class BuildRequest:
     """Common path of fused linears -> their torch paths."""
     plugin_library: Path | None = None
     """The library with the plugin; needed where `plugin` is not empty."""
+    embed_plugin: bool = False
+    """Whether the engine is to carry that library, and so to load without it."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def _check_request(request: BuildRequest) -> None:
         for name in request.memory_pools
         if name not in MEMORY_POOLS
     ]
+    if request.embed_plugin and request.plugin_library is None:
+        problems.append(Problem("--embed-plugin", "no library is given that the engine could carry"))
     if module_name(request.target) is None:
         problems.append(Problem("--target", f"{request.target} has no engine"))
     if problems:
@@ -219,6 +223,7 @@ def _job_from_request(request: BuildRequest, engine_path: Path) -> Job:
         optimization_level=request.optimization_level,
         memory_pools={MEMORY_POOLS[name]: limit for name, limit in request.memory_pools.items()},
         plugin_library=request.plugin_library.absolute() if request.plugin_library is not None else None,
+        embed_plugin=request.embed_plugin,
     )
 
 

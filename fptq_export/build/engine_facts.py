@@ -27,6 +27,8 @@ class PluginFacts(_Model):
     """Compute capabilities (86 is 8.6) with machine code; the newest also has PTX for later ones."""
     tensorrt_headers: str
     sha256: str
+    embedded: bool = False
+    """Whether the engine carries the library, byte by byte."""
 
 
 class InputRange(_Model):
@@ -53,6 +55,16 @@ class EngineFacts(_Model):
     """Layers that cannot run, nor be loaded, without the plugin."""
     plugin: PluginFacts | None = None
     """None where no layer needs it, or where an earlier version of this tool did not record it."""
+
+    @property
+    def carries_plugin(self) -> bool:
+        """Whether the plugin is in the engine. TensorRT then runs code from the engine's file when it loads it."""
+        return self.plugin is not None and self.plugin.embedded
+
+    @property
+    def needs_library(self) -> bool:
+        """Whether the plugin library must be loaded before the engine."""
+        return self.plugin_layers > 0 and not self.carries_plugin
 
 
 def ranges_from_profiles(profiles: tuple[Profile, ...]) -> tuple[tuple[InputRange, ...], ...]:

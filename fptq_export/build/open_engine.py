@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fptq_export.build.engine import environment_of_worker
 from fptq_export.build.loader_path import loader_environment
+from fptq_export.build.opener import HOST_CODE
 from fptq_export.build.targets import Target
 
 __all__ = ["Opened", "open_engine"]
@@ -32,19 +33,23 @@ class Opened:
     errors: tuple[str, ...]
 
 
-def open_engine(target: Target, engine: Path | None = None, plugin: Path | None = None) -> Opened:
+def open_engine(
+    target: Target, engine: Path | None = None, plugin: Path | None = None, *, host_code: bool = False
+) -> Opened:
     """Import the library of a target and, where an engine is given, open it.
 
     Args:
         target: `tensorrt` or `tensorrt-rtx`.
         engine: The engine's file.
         plugin: Library of the plugins it needs.
+        host_code: Whether code that the engine brings may run, as `deserialized_engine` says.
     """
-    files = [str(path.absolute()) for path in (engine, plugin) if path is not None]
+    words = [str(path.absolute()) for path in (engine, plugin) if path is not None]
+    words += [HOST_CODE] if host_code else []
     with ExitStack() as stack:
         loader = stack.enter_context(loader_environment(target)) if plugin is not None else {}
         done = subprocess.run(
-            [sys.executable, "-m", _OPENER, str(target), *files],
+            [sys.executable, "-m", _OPENER, str(target), *words],
             capture_output=True,
             text=True,
             errors="replace",

@@ -1,6 +1,7 @@
 """The process that opens an engine, or only imports TensorRT: what goes wrong there must not end the command.
 
-Run as `python -m fptq_export.build.opener TARGET [ENGINE [PLUGIN_LIBRARY]]` by `open_engine`; prints one JSON object.
+Run as `python -m fptq_export.build.opener TARGET [ENGINE [PLUGIN_LIBRARY]] [--host-code]` by `open_engine`; prints one
+JSON object.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from fptq_export.build.targets import Target
 from fptq_export.build.tensorrt import tensorrt_for_target
 from fptq_export.errors import UserError
 
-__all__ = ["main"]
+__all__ = ["HOST_CODE", "main"]
+
+HOST_CODE = "--host-code"
+"""The engine may bring code that runs in this process."""
 
 
 def main(words: list[str]) -> int:
@@ -24,11 +28,12 @@ def main(words: list[str]) -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what TensorRT prints must not stand in the answer
     outcome: dict[str, Any] = {"version": None, "opened": False, "layers": "", "errors": []}
+    target, *files = [word for word in words if word != HOST_CODE]
     try:
-        trt = tensorrt_for_target(Target(words[0]))
+        trt = tensorrt_for_target(Target(target))
         outcome["version"] = str(trt.__version__)
-        if len(words) > 1:
-            _open(trt, Path(words[1]), Path(words[2]) if len(words) > 2 else None, outcome)
+        if files:
+            _open(trt, [Path(file) for file in files], outcome, host_code=HOST_CODE in words)
     except UserError as error:
         outcome["errors"].append(str(error))
     answers.write(json.dumps(outcome) + "\n")
@@ -36,10 +41,11 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _open(trt: Any, engine_path: Path, plugin: Path | None, outcome: dict[str, Any]) -> None:
+def _open(trt: Any, files: list[Path], outcome: dict[str, Any], *, host_code: bool) -> None:
     logger = logger_into(trt, outcome["errors"])
     runtime = trt.Runtime(logger)
-    engine = deserialized_engine(trt, runtime, engine_path, plugin)
+    plugin = files[1] if len(files) > 1 else None
+    engine = deserialized_engine(trt, runtime, files[0], plugin, host_code=host_code)
     if engine is None:
         return
     outcome["opened"] = True

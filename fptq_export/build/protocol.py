@@ -47,6 +47,8 @@ class Job:
     """Member of `MemoryPoolType` -> bytes."""
     plugin_library: Path | None = None
     """Library of the plugins the graph needs."""
+    embed_plugin: bool = False
+    """Whether the engine is to carry it."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import psutil
 
 from fptq_export.build.builder_log import text_from_message
 from fptq_export.build.deserialize import load_plugins
+from fptq_export.build.embedded_plugin import check_embedded, embed_plugin
 from fptq_export.build.phases import PhaseProgress
 from fptq_export.build.protocol import Built, Failed, Job, Progressed, job_from_line, line_from_event
 from fptq_export.build.tensorrt import tensorrt_for_target
@@ -85,6 +86,8 @@ def _build(job: Job, events: BinaryIO) -> Built:
         raise UserError(str(job.onnx_path), "TensorRT could not build an engine", "")
     with job.engine_path.open("wb") as file:
         file.write(memoryview(engine))
+    if job.embed_plugin and job.plugin_library is not None:
+        check_embedded(trt, job.engine_path, job.plugin_library)
     return Built(job.engine_path.stat().st_size, str(trt.__version__), _peak_memory_bytes())
 
 
@@ -101,6 +104,8 @@ def configured(trt: Any, builder: Any, job: Job) -> Any:
         config.set_memory_pool_limit(pool, limit)
     if job.compute_capabilities:
         _set_compute_capabilities(trt, config, job.compute_capabilities)
+    if job.embed_plugin and job.plugin_library is not None:
+        embed_plugin(trt, config, job.plugin_library)
     return config
 
 

@@ -217,6 +217,11 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 to 5 [3]")
     group.add_argument("--plugin", metavar="on|off", help="run W4A8 linears in our TensorRT plugin [off]")
     group.add_argument(
+        "--embed-plugin",
+        action=argparse.BooleanOptionalAction,
+        help="with --plugin on, put the plugin library into the engine, which then needs none beside it [no]",
+    )
+    group.add_argument(
         "--fuse-projections",
         action=argparse.BooleanOptionalAction,
         help="with --plugin on, one GEMM for q, k and v, and one for gate and up [fuse-projections]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fptq_export.build.engine_facts import EngineFacts
+from fptq_export.build.engine_facts import EngineFacts, PluginFacts
 from fptq_export.build.targets import Target
 from fptq_export.doctor.machine import Machine
 from fptq_export.doctor.report import Check
@@ -32,7 +32,9 @@ def checks_of_needs(
     yield from _library_checks(facts, machine)
     yield from _gpu_checks(facts, machine, compute_capability, recorded=recorded)
     gpus = [compute_capability] if compute_capability else [gpu.compute_capability for gpu in machine.driver.gpus]
-    if facts.plugin_layers:
+    if facts.plugin is not None and facts.carries_plugin:
+        yield from _embedded_plugin_checks(facts, facts.plugin, gpus)
+    elif facts.plugin_layers:
         yield from _plugin_checks(facts, machine.plugin, gpus)
     elif not recorded:
         text = "nothing says whether the engine needs the plugin"
@@ -130,20 +132,31 @@ def _plugin_checks(facts: EngineFacts, plugin: PluginInfo | None, gpus: list[str
         yield Check(what="plugin", status="problem", text=text, fix=fix)
     else:
         yield Check(what="plugin", status="ok", text=f"{needs}, version {plugin.version}, which is here")
-    lacking = [number for number in gpus if not _has_code(plugin, number)]
+    yield from _code_checks(plugin.architectures, gpus)
+
+
+def _embedded_plugin_checks(facts: EngineFacts, plugin: PluginFacts, gpus: list[str]) -> Iterator[Check]:
+    text = f"{facts.plugin_layers} of its layers run in the plugin, version {plugin.version}, which the engine carries"
+    yield Check(what="plugin", status="ok", text=text)
+    yield from _code_checks(plugin.architectures, gpus, ", then the engine again")
+
+
+def _code_checks(architectures: tuple[int, ...], gpus: list[str], then: str = "") -> Iterator[Check]:
+    """A problem where no GPU is one that the plugin has code for; `then` is what follows a new plugin."""
+    lacking = [number for number in gpus if not _has_code(architectures, number)]
     if lacking and len(lacking) == len(gpus):
-        has = " ".join(f"{number // 10}.{number % 10}" for number in plugin.architectures) or "no GPU"
+        has = " ".join(f"{number // 10}.{number % 10}" for number in architectures) or "no GPU"
         text = f"the plugin has no code for compute capability {', '.join(lacking)}: it was built for {has}"
         numbers = " ".join(number.replace(".", "") for number in lacking)
-        yield Check(what="plugin", status="problem", text=text, fix=f"{_BUILD_PLUGIN} --arch {numbers}")
+        yield Check(what="plugin", status="problem", text=text, fix=f"{_BUILD_PLUGIN} --arch {numbers}{then}")
 
 
-def _has_code(plugin: PluginInfo, compute_capability: str) -> bool:
+def _has_code(architectures: tuple[int, ...], compute_capability: str) -> bool:
     """Machine code for the GPU (that of an earlier minor version serves too), or PTX, which later GPUs compile."""
     major, _, minor = compute_capability.partition(".")
     number = 10 * int(major) + int(minor)
-    same_major = any(known // 10 == number // 10 and known <= number for known in plugin.architectures)
-    return same_major or number > max(plugin.architectures, default=number)
+    same_major = any(known // 10 == number // 10 and known <= number for known in architectures)
+    return same_major or number > max(architectures, default=number)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

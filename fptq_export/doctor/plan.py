@@ -168,8 +168,8 @@ def _opened(question: PlanQuestion, facts: EngineFacts, machine: Machine, checks
     """Have TensorRT open it, where nothing speaks against it and there is a GPU."""
     if any(check.status == "problem" for check in checks) or not machine.driver.gpus or question.compute_capability:
         return
-    plugin = machine.plugin.library if machine.plugin is not None and facts.plugin_layers else None
-    opened = open_engine(Target(facts.target), question.path, plugin)
+    plugin = machine.plugin.library if machine.plugin is not None and facts.needs_library else None
+    opened = open_engine(Target(facts.target), question.path, plugin, host_code=facts.carries_plugin)
     if opened.opened:
         yield Check(what="opened", status="ok", text=f"TensorRT {opened.library_version} opened it on this GPU")
     else:

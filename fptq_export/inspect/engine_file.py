@@ -103,6 +103,7 @@ def _built_for(facts: EngineFacts) -> Section:
     ]
     if facts.plugin is not None:
         rows.append(("plugin", f"{facts.plugin.version}, packed layout {facts.plugin.layout_version}"))
+        rows.append(("plugin library", "in the engine" if facts.carries_plugin else "beside the engine"))
         rows.append(("layers in the plugin", facts.plugin_layers))
     for index, profile in enumerate(facts.profiles or ()):
         for item in profile:
@@ -161,7 +162,8 @@ def _layer_lists(engine: Path, run: EngineRun, proof: Proof) -> list[tuple[str, 
         lists.append((log.name, layers_from_log(log)))
     target = Target(proof.engine.target)
     if is_installed(target) and driver_of_machine().gpus:
-        opened = open_engine(target, engine, library_for_loading() if proof.engine.plugin_layers else None)
+        library = library_for_loading() if proof.engine.needs_library else None
+        opened = open_engine(target, engine, library, host_code=run.is_same and proof.engine.carries_plugin)
         if opened.opened:
             try:
                 lists.append(("the engine itself", layers_from_text(opened.layers.splitlines(), str(engine))))

@@ -147,6 +147,8 @@ def _check_build(options: RunOptions, target: Target, *, only_verb: bool) -> Non
         return
     if options.signed_scales and options.plugin == "off" and not replays(options):
         raise UserError("--signed-scales", "only the plugin runs them", "add --plugin on, or leave it out")
+    if options.embed_plugin and options.plugin == "off":
+        raise UserError("--embed-plugin", "there is no plugin with --plugin off", "add --plugin on, or leave it out")
     if (options.kv_cache, options.kv_dtype) == ("static", "int8"):
         cause = "TensorRT writes float types only into a static KV cache"
         raise UserError("--kv-dtype int8", cause, "use --kv-cache concat, or leave --engine out")

@@ -70,6 +70,8 @@ def build(
             plugin=lowered.plugin,
             fused=lowered.fused,
             plugin_library=next(iter(libraries), None),
+            # Nothing is carried for an engine without a layer that needs it.
+            embed_plugin=options.embed_plugin and bool(lowered.plugin),
         )
         report = build_engine(request, progress)
     proof = _proof(report, request, policy, sites, directory)
@@ -97,7 +99,7 @@ def _facts(report: BuildReport, request: BuildRequest) -> EngineFacts:
         compute_capabilities=report.compute_capabilities or _gpu_of_build(report.target),
         profiles=ranges_from_profiles(request.profiles),
         plugin_layers=report.precision.plugin_layers,
-        plugin=_plugin_facts(request.plugin_library) if report.precision.plugin_layers else None,
+        plugin=_plugin_facts(request) if report.precision.plugin_layers else None,
     )
 
 
@@ -107,7 +109,8 @@ def _gpu_of_build(target: Target) -> tuple[str, ...]:
     return tuple(gpu.compute_capability for gpu in gpus[:1])
 
 
-def _plugin_facts(library: Path | None) -> PluginFacts | None:
+def _plugin_facts(request: BuildRequest) -> PluginFacts | None:
+    library = request.plugin_library
     if library is None:
         return None
     info = plugin_info(library)
@@ -117,6 +120,7 @@ def _plugin_facts(library: Path | None) -> PluginFacts | None:
         architectures=info.architectures,
         tensorrt_headers=info.tensorrt_headers,
         sha256=sha256_from_file(library),
+        embedded=request.embed_plugin,
     )
 
 

@@ -317,6 +317,7 @@ class _Road:
             "builder_optimization_level",
             "mem_pool_size",
             "plugin",
+            "embed_plugin",
             "fuse_projections",
         )
         plugin = plugin_libraries(self._options, self.target)

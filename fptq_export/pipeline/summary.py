@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fptq_export.build.engine_facts import facts_from_summary
 from fptq_export.package.manifest import FileRecord, Manifest
 from fptq_export.pipeline.onnx_options import is_onnx_model
 from fptq_export.pipeline.road import ROAD
@@ -174,6 +175,7 @@ def engine_rows(manifest: Manifest) -> list[tuple[str, str]]:
         *([("linears found in the engine, as INT8", str(int8))] if (int8 := figures.get("int8_linears")) else []),
         ("of these unpacked in a layer of their own", str(len(figures["unfused"]))),
         ("of these run by the W4A8 plugin", _plugin_text(figures)),
+        *([("plugin library", "in the engine")] if facts_from_summary(figures).carries_plugin else []),
         *_convolution_rows(figures),
         *_proof_rows(figures),
         ("built with", f"{figures['target']} {figures['library_version']}"),

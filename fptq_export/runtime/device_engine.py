@@ -77,19 +77,22 @@ class DeviceEngine:
         path: Its file.
         plugin: Library of the plugins it needs.
         memory: Whose stream it runs on.
+        host_code: Whether code that the file brings may run, as `deserialized_engine` says.
 
     Raises:
         UserError: The library is missing or refuses the engine, with what it said; or a tensor has a type or a place
             that is not known here.
     """
 
-    def __init__(self, target: Target, path: Path, plugin: Path | None, memory: DeviceMemory) -> None:
+    def __init__(
+        self, target: Target, path: Path, plugin: Path | None, memory: DeviceMemory, *, host_code: bool = False
+    ) -> None:
         self._trt = trt = tensorrt_for_target(target)
         self._path, self._memory = path, memory
         self._errors: list[str] = []
         self._logger = logger_into(trt, self._errors)
         self._runtime = trt.Runtime(self._logger)
-        self._engine: Any = deserialized_engine(trt, self._runtime, path, plugin)
+        self._engine: Any = deserialized_engine(trt, self._runtime, path, plugin, host_code=host_code)
         if self._engine is None:
             raise self._refusal(f"{trt.__name__} {trt.__version__} cannot load it", _REBUILD)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]

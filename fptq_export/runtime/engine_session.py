@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fptq_export.build.engine_facts import facts_from_summary
 from fptq_export.build.targets import Target, visible_gpus
 from fptq_export.errors import Problem, UserError, UserErrors
 from fptq_export.package.manifest import Manifest
@@ -159,14 +160,17 @@ def engine_problem(manifest: Manifest, engine: Path | None) -> str | None:
 
 @contextmanager
 def opened_engine(manifest: Manifest, engine: Path) -> Iterator[EngineCausalSession]:
-    """Load an engine on the GPU with the library that built it.
+    """Load an engine on the GPU with the library that built it, and its plugin: from the engine, or from beside it.
 
     Raises:
         UserError: TensorRT or CUDA is not installed, or refuses the engine, with what it said.
     """
-    target = Target(str(manifest.stages["build"].summary["target"]))
-    plugin = library_for_loading() if manifest.options.plugin == "on" else None
-    with closing(DeviceMemory()) as memory, closing(DeviceEngine(target, engine, plugin, memory)) as opened:
+    facts = facts_from_summary(manifest.stages["build"].summary)
+    plugin = library_for_loading() if facts.needs_library else None
+    with (
+        closing(DeviceMemory()) as memory,
+        closing(DeviceEngine(Target(facts.target), engine, plugin, memory, host_code=facts.carries_plugin)) as opened,
+    ):
         yield EngineCausalSession(opened, memory, str(engine))
 
 

@@ -18,6 +18,7 @@ from fptq_export.triton.models import MODEL_FILE, Models, model_file, model_name
 from fptq_export.triton.options import TritonOptions
 from fptq_export.triton.plan_config import plan_config
 from fptq_export.triton.plan_facts import plan_facts
+from fptq_export.triton.plugins import EMBEDDED_PLUGIN_FILE
 from fptq_export.triton.repository import ModelVersion, next_version
 from fptq_export.triton.serving.called_plan import CALLED_PLAN_FILE, CalledPlan, text_problem
 from fptq_export.triton.text_config import text_config
@@ -44,8 +45,10 @@ def engine_models(options: TritonOptions, manifest: Manifest) -> Models:
     config = plan_config(plan_name, facts, options, versions=options.keep_versions + 1)
     plugin = _plugin(needed)
     copies = {_PLAN_FILE: engine, **({} if plugin is None else {plugin.name: plugin})}
-    plan = ModelVersion(plan_name, config, version, copies, texts={})
+    plan = ModelVersion(plan_name, config, version, copies, _texts(needed))
     needs = [f"TensorRT {needed.library_version}", *_gpus(needed)]
+    if needed.carries_plugin:
+        needs.append("leave to run the plugin's code, which is in the engine: start.sh gives it")
     problem = text_problem(facts)
     if problem is not None:
         return Models((plan,), tuple(needs), plugin, notes=(f"no text model: {problem}",))
@@ -78,18 +81,25 @@ def _engine(options: TritonOptions, manifest: Manifest) -> tuple[Path, EngineFac
 
 
 def _plugin(facts: EngineFacts) -> Path | None:
-    """The plugin library of an engine that needs it.
+    """The plugin library of an engine that needs it beside itself.
 
     Raises:
         UserError: It is not built, or is another one than the engine was built with.
     """
-    if not facts.plugin_layers:
+    if not facts.needs_library:
         return None
     built_with = library_for_loading()
     if facts.plugin is not None and facts.plugin.sha256 != sha256_from_file(built_with):
         cause = f"is not the library that the engine was built with (sha256 {facts.plugin.sha256[:12]}...)"
         raise UserError(str(built_with), cause, "set FPTQ_PLUGIN_DIR to the folder of that library")
     return library_that_registers()
+
+
+def _texts(facts: EngineFacts) -> dict[str, str]:
+    """What lies beside an engine that carries its plugin, so that later commands know it."""
+    if facts.plugin is None or not facts.carries_plugin:
+        return {}
+    return {EMBEDDED_PLUGIN_FILE: facts.plugin.model_dump_json(indent=2) + "\n"}
 
 
 def _gpus(facts: EngineFacts) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The plugin library in a model repository: beside the engines that need it, and the same for all of them."""
+"""The plugin in a model repository: beside the engines that need it, the same for all of them, or in an engine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from fptq_export.errors import UserError
 from fptq_export.files import sha256_from_file
 from fptq_export.plugin.library import REGISTERING_LIBRARY
 
-__all__ = ["check_plugin", "plugins_of"]
+__all__ = ["EMBEDDED_PLUGIN_FILE", "carries_plugins", "check_plugin", "plugins_of"]
+
+EMBEDDED_PLUGIN_FILE = "embedded_plugin.json"
+"""Beside an engine that carries its plugin: which build of it."""
 
 
 def plugins_of(repository: Path) -> list[Path]:
     """Every copy of the library, relative to the repository."""
     return sorted(path.relative_to(repository) for path in repository.glob(f"*/*/{REGISTERING_LIBRARY}"))
+
+
+def carries_plugins(repository: Path) -> bool:
+    """Whether any engine brings its plugin: the server must then be told to run code from engines."""
+    return any(repository.glob(f"*/*/{EMBEDDED_PLUGIN_FILE}"))
 
 
 def check_plugin(repository: Path, plugin: Path | None) -> None:

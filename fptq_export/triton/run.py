@@ -14,7 +14,7 @@ from fptq_export.package.manifest import manifest_of_run
 from fptq_export.triton.engine_models import engine_models
 from fptq_export.triton.models import Models
 from fptq_export.triton.options import TritonOptions, Variant
-from fptq_export.triton.plugins import check_plugin, plugins_of
+from fptq_export.triton.plugins import carries_plugins, check_plugin, plugins_of
 from fptq_export.triton.report import REPORT_FILE, ModelEntry, TritonReport
 from fptq_export.triton.repository import staging, write_script, write_version
 from fptq_export.triton.router import router_models
@@ -69,7 +69,8 @@ def _write(models: Models, repository: Path, report: TritonReport) -> None:
         for model in models.versions:
             write_version(model, repository, scratch)
         plugins = plugins_of(repository)
-        write_script(start_script(plugins[-1] if plugins else None), repository / START_SCRIPT)
+        script = start_script(plugins[-1] if plugins else None, host_code=carries_plugins(repository))
+        write_script(script, repository / START_SCRIPT)
         write_json_model(report, repository / REPORT_FILE)
 
 

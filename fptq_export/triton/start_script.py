@@ -1,4 +1,4 @@
-"""`start.sh`: starts the server on a repository, with the plugin where an engine needs it."""
+"""`start.sh`: starts the server on a repository, with the plugin where an engine needs it or brings it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,20 @@ exec "$@"
 """
 
 
-def start_script(plugin: PurePath | None) -> str:
+def start_script(plugin: PurePath | None, *, host_code: bool = False) -> str:
     """The script.
 
     Args:
         plugin: The library that engines need, relative to the repository; None where none needs it.
+        host_code: Whether an engine carries its plugin, whose code the server must then be allowed to run.
     """
-    script = _SCRIPT.replace("{header}", ROUTE_HEADER)
-    if plugin is None:
-        return script.replace("{options}", "")
-    if shlex.quote(str(plugin)) != str(plugin):
-        raise AssertionError("names of models and libraries need no quotes")
-    # Triton opens the library and logs what goes wrong; the engine then fails to load.
-    return script.replace("{options}", f' --backend-config="tensorrt,plugins=$here/{plugin}"')
+    options = ""
+    if plugin is not None:
+        if shlex.quote(str(plugin)) != str(plugin):
+            raise AssertionError("names of models and libraries need no quotes")
+        # Triton opens the library and logs what goes wrong; the engine then fails to load.
+        options += f' --backend-config="tensorrt,plugins=$here/{plugin}"'
+    if host_code:
+        # The backend's only way to `IRuntime::setEngineHostCodeAllowed(true)`; it holds for every engine of the server.
+        options += " --backend-config=tensorrt,version-compatible=true"
+    return _SCRIPT.replace("{header}", ROUTE_HEADER).replace("{options}", options)

@@ -1,4 +1,4 @@
-"""The tiny model of samples/06_cpp_runner/tests/machine_double.h a second time, without a cache; and its plan."""
+"""The tiny model of samples/06_cpp_runner/tests/tiny_model.h a second time, without a cache; and its plan."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ class Spec:
     type: str = "float16"
     logits: str = "all"
     two_profiles: bool = False
+    carries_plugin: bool = False
 
 
 def write_plan(path: Path, spec: Spec) -> Path:
     """An engine for the double: a header as TensorRT for RTX writes it, and the model in words."""
     body = pairs(asdict(spec)).encode()
     header = b"vtrt".ljust(16, b"\0") + struct.pack("<Q", 32 + len(body)) + bytes(LIBRARY_VERSION) + bytes(4)
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(header + body)
     return path
 

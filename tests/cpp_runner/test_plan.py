@@ -57,8 +57,8 @@ def engine(finished_run: Path, tmp_path: Path) -> Engine:
     return found
 
 
-def with_plugin(facts: dict[str, Any]) -> None:
-    """The engine needs the plugin."""
+def with_plugin(facts: dict[str, Any], *, embedded: bool = False) -> None:
+    """The engine needs the plugin, or carries it."""
     facts["plugin_layers"] = 4
     facts["plugin"] = {
         "version": "1.2",
@@ -66,6 +66,7 @@ def with_plugin(facts: dict[str, Any]) -> None:
         "architectures": [80],
         "tensorrt_headers": "10.14",
         "sha256": "",
+        "embedded": embedded,
     }
 
 
@@ -159,7 +160,7 @@ def test_missing_gpu_is_one_sentence(on_double: Runner, engine: Engine) -> None:
 
 
 def test_plugin_is_asked_for_and_compared(on_double: Runner, engine: Engine) -> None:
-    """Missing, no library of ours, another version; the same one and one in the plan are taken."""
+    """Missing, no library of ours, another version, none in the engine; the same one is taken."""
     engine.edit(with_plugin)
     library = engine.plan.parent / "libfptq_trt.so"
     words = ("--plugin", str(library))
@@ -169,8 +170,32 @@ def test_plugin_is_asked_for_and_compared(on_double: Runner, engine: Engine) -> 
     library.write_text('{"version": "1.1", "layout_version": 1}')
     assert "version 1.2 (packed layout 1); here is version 1.1 (packed layout 1)" in refused(on_double, engine, *words)
     library.write_text('{"version": "1.2", "layout_version": 1}')
-    for given in (words, ("--plugin", "embedded")):
-        assert on_double("generate", engine.plan, *IDS, *given).code == 0
+    assert on_double("generate", engine.plan, *IDS, *words).code == 0
+    assert "which it does not carry" in refused(on_double, engine, "--plugin", "embedded")
+
+
+def test_engine_that_carries_its_plugin_asks_for_none(on_double: Runner, engine: Engine) -> None:
+    """The manifest says so: its code may run, no option is needed, the words are doctor's, and a file is refused."""
+    write_plan(engine.plan, Spec(carries_plugin=True))
+    engine.edit(lambda facts: with_plugin(facts, embedded=True))
+    expected = completion([1, 2], Spec(), Sampling(max_tokens=3))
+    for given in ((), ("--plugin", "embedded")):
+        assert on_double("generate", engine.plan, *IDS, *given).tokens == [expected]
+    python = report_on_plan(PlanQuestion(engine.plan, engine.run, "8.0"), machine_of_here())
+    (text,) = (check.text for check in python.checks if check.what == "plugin")
+    assert f"plugin: {text}\n" in on_double("check", engine.plan).out
+    assert "would not be used" in refused(on_double, engine, "--plugin", str(engine.plan))
+
+
+def test_code_in_an_engine_runs_only_where_that_is_asked_for(on_double: Runner, engine: Engine, tmp_path: Path) -> None:
+    """Without a manifest, or with one of before it was recorded, `--plugin embedded` says that the file is trusted."""
+    write_plan(engine.plan, Spec(carries_plugin=True))
+    engine.edit(lambda facts: facts.update(plugin_layers=4, plugin=None))
+    alone = write_plan(tmp_path / "alone" / "out.plan", Spec(carries_plugin=True))
+    for plan in (engine.plan, alone):
+        assert on_double("generate", plan, *IDS).code == 1
+        assert on_double("generate", plan, *IDS, "--plugin", "embedded").code == 0
+    assert "brings code that may not run" in on_double("generate", alone, *IDS).err
 
 
 def test_changed_records_are_named(on_double: Runner, engine: Engine) -> None:

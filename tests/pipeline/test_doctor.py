@@ -16,6 +16,7 @@ from fptq_export.build.engine_facts import EngineFacts, PluginFacts
 from fptq_export.build.gpus import Driver, Gpu
 from fptq_export.build.open_engine import Opened, open_engine
 from fptq_export.build.targets import Target
+from fptq_export.doctor import plan
 from fptq_export.doctor.machine import Machine, checks_of_machine
 from fptq_export.doctor.needs import checks_of_needs
 from fptq_export.doctor.plan import PlanQuestion, report_on_plan
@@ -238,6 +239,48 @@ def test_what_is_missing_is_named_alone(
     assert list(found) == [what]
     assert cause in found[what]
     assert all(check.fix for check in checks if check.status == "problem")
+
+
+def test_plugin_in_the_engine_is_judged_without_one_beside_it() -> None:
+    """None is asked for; that it has no code for the GPU is still found, and mended by building both again."""
+    assert NEEDS.plugin is not None
+    plugin = NEEDS.plugin.model_copy(update={"embedded": True})
+    carrying = NEEDS.model_copy(update={"plugin": plugin})
+    alone = replace(MACHINE, plugin=None)
+    assert not problems(tuple(checks_of_needs(carrying, alone, None, recorded=True)))
+    old = carrying.model_copy(update={"plugin": plugin.model_copy(update={"architectures": (90,)})})
+    (found,) = (check for check in checks_of_needs(old, alone, None, recorded=True) if check.status == "problem")
+    assert "no code for compute capability 8.9" in found.text
+    assert found.fix == "build the plugin: python -m fptq_export.plugin build --arch 89, then the engine again"
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_code_of_an_engine_runs_only_where_its_run_put_it_there(
+    engine: Path, run_copy: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    """A recorded engine that carries its plugin is opened with that; another with the library that is here."""
+    facts = json.loads((run_copy / "proof.json").read_text())["engine"] | {"plugin_layers": 4}
+    assert NEEDS.plugin is not None
+    facts["plugin"] = NEEDS.plugin.model_copy(update={"embedded": embedded}).model_dump(mode="json")
+    edited(run_copy / "proof.json", lambda data: data.update(engine=facts))
+
+    def record_it(data: dict[str, Any]) -> None:
+        data["stages"]["build"]["summary"]["engine"] = facts
+        for file in data["stages"]["build"]["outputs"]:
+            if file["path"] == "proof.json":
+                file["sha256"] = sha256_from_file(run_copy / "proof.json")
+
+    edited(run_copy / "manifest.json", record_it)
+    opened: list[tuple[Path | None, bool]] = []
+
+    def open_it(target: Target, path: Path, plugin: Path | None, *, host_code: bool) -> Opened:
+        opened.append((plugin, host_code))
+        return Opened(VERSION, True, "", ())
+
+    monkeypatch.setattr(plan, "open_engine", open_it)
+    report = report_on_plan(PlanQuestion(engine), machine_for(engine))
+    assert report.verdict == "yes: TensorRT opened it"
+    assert opened == [(None, True) if embedded else (PLUGIN.library, False)]
 
 
 def test_broken_parts_of_a_machine_are_problems_and_missing_ones_are_not() -> None:

@@ -13,7 +13,7 @@ def test_every_option_has_a_meaning_for_graphs_or_none() -> None:
         *("weight_method", "exclude", "precision", "calib_data", "eval_data", "batch_size", "verify", "min_cosine"),
         *("max_batch_size", "max_input_len", "max_kv_len", "min_shapes", "opt_shapes", "max_shapes"),
         *("compute_capability", "builder_optimization_level", "plugin", "fuse_projections", "mem_pool_size", "keep"),
-        "emit_range_outputs",
+        *("embed_plugin", "emit_range_outputs"),
     }
     assert used | MEANINGLESS.keys() == RunOptions.model_fields.keys()
     assert not used & MEANINGLESS.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import pytest
 
 from fptq_export.build.proof import Proof
 from fptq_export.errors import ExitCode
-from fptq_export.files import read_json_model
-from fptq_export.plugin.library import DIRECTORY_VARIABLE
+from fptq_export.files import read_json_model, sha256_from_file
+from fptq_export.plugin.library import DIRECTORY_VARIABLE, LOADED_LIBRARY
 from tests.pipeline.conftest import FILES, Command
 from tests.support.plugin import built_double
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the plugin is built on Linux only")
+
+
+IN_THE_ENGINE = r"plugin library .* in the engine"
+"""A row of a table."""
 
 
 @pytest.fixture
@@ -70,6 +75,34 @@ def test_projections_are_fused_unless_told_otherwise(
     assert outcome.code == 0, outcome.err
     assert "build: up to date" not in outcome.err
     assert "in 8 layers" not in outcome.out
+
+
+def test_engine_carries_the_plugin_where_that_is_asked_for(
+    run_copy: Path, tmp_path: Path, command: Command, plugin_directory: Path
+) -> None:
+    """The library is in the engine and recorded with its hash; `doctor` and `inspect` then ask for none."""
+    plan, library = tmp_path / "plugin.plan", plugin_directory / LOADED_LIBRARY
+    outcome = command("build", run_copy, "--engine", plan, "--plugin", "on", "--embed-plugin")
+    assert outcome.code == 0, outcome.err
+    assert re.search(IN_THE_ENGINE, outcome.out)
+    assert library.read_bytes() in plan.read_bytes()
+    facts = read_json_model(run_copy / "proof.json", Proof).engine
+    assert facts.plugin is not None
+    assert (facts.plugin.embedded, facts.plugin.sha256) == (True, sha256_from_file(library))
+    with pytest.MonkeyPatch.context() as without:
+        without.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+        present = command("doctor", plan, "--compute-capability", "8.0", "--json")
+        assert re.search(IN_THE_ENGINE, command("inspect", plan).out)
+    checks = [check for check in json.loads(present.out)["plan"]["checks"] if check["what"] == "plugin"]
+    assert [check["status"] for check in checks] == ["ok", "problem"]  # the stand-in has no code for any GPU
+    assert checks[0]["text"].endswith("which the engine carries")
+
+
+def test_plugin_that_is_off_cannot_be_carried(run_copy: Path, tmp_path: Path, command: Command) -> None:
+    """The option is refused where it would do nothing."""
+    outcome = command("build", run_copy, "--engine", tmp_path / "native.plan", "--embed-plugin")
+    assert outcome.code == 1
+    assert "there is no plugin with --plugin off" in outcome.err
 
 
 def test_without_the_option_there_is_no_plugin(run_copy: Path, tmp_path: Path, command: Command) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fptq_export.build.engine_facts import EngineFacts, PluginFacts
 from fptq_export.build.profiles import LlmLimits
 from fptq_export.rewrite.graph_form import GraphForm
 
@@ -26,11 +27,25 @@ PROMPT, STEPS = 6, 4
 VOCABULARY = 512
 
 
-def manifest(**options: Any) -> Any:
-    """As much of a manifest as is read."""
-    known = {"plugin": "off", "logits": "all", **options}
-    build = SimpleNamespace(summary={"target": "tensorrt-rtx"})
-    return SimpleNamespace(options=SimpleNamespace(**known), stages={"build": build})
+def manifest(*, plugin_layers: int = 0, embedded: bool = False) -> Any:
+    """As much of a manifest as is read.
+
+    Args:
+        plugin_layers: Layers of the engine that run in the plugin.
+        embedded: Whether the engine carries it.
+    """
+    plugin = PluginFacts(
+        version="1", layout_version=1, architectures=(89,), tensorrt_headers="10.14", sha256="", embedded=embedded
+    )
+    facts = EngineFacts(
+        target="tensorrt-rtx",
+        library_version="1.7.1.116",
+        compute_capabilities=("8.9",),
+        plugin_layers=plugin_layers,
+        plugin=plugin if plugin_layers else None,
+    )
+    build = SimpleNamespace(summary={"engine": facts.model_dump(mode="json")})
+    return SimpleNamespace(options=SimpleNamespace(logits="all"), stages={"build": build})
 
 
 def tokens(batch: int = 1, count: int = PROMPT + STEPS) -> NDArray[np.int64]:

@@ -100,11 +100,13 @@ class FakeTensorRT:
 class Runtime:
     """Opens plans."""
 
+    engine_host_code_allowed = False
+
     def __init__(self, module: FakeTensorRT, logger: ILogger) -> None:
         self._module, self._logger = module, logger
 
     def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
-        """None, with words to the logger, where it is no plan or lacks its plugin."""
+        """None, with words to the logger, where it is no plan, lacks its plugin, or brings one that may not run."""
         if not plan.startswith(b"{"):
             self._logger.log(Severity.WARNING, "this is only a warning")
             self._logger.log(Severity.ERROR, "Serialization assertion magicTagRead == kMAGIC_TAG failed")
@@ -112,6 +114,9 @@ class Runtime:
         document = json.loads(plan)
         if document["plugin"] and not self._module.registry.all_creators:
             self._logger.log(Severity.ERROR, "Could not find plugin FptqW4A8GemmStatic")
+            return None
+        if document["embedded"] and not self.engine_host_code_allowed:
+            self._logger.log(Severity.ERROR, "host code is not allowed")
             return None
         self._module.engines.append(ICudaEngine(document, self._logger, self._module.cudart))
         return self._module.engines[-1]
@@ -263,6 +268,7 @@ def plan_of_graph(
     types: Mapping[str, str] | None = None,
     host: Sequence[str] = (),
     plugin: bool = False,
+    embedded: bool = False,
 ) -> Path:
     """Write a plan.
 
@@ -272,13 +278,15 @@ def plan_of_graph(
         limits: Of each optimization profile.
         types: Tensor -> name of the type that it has in the engine, where that is another than in the graph.
         host: Tensors that must be in the CPU's memory.
-        plugin: Whether it needs the plugin.
+        plugin: Whether it needs the plugin beside it.
+        embedded: Whether it carries the plugin.
     """
     profiles = []
     for limit in limits:
         profile = profile_for_inputs(inputs_from_onnx(graph), limit)
         assert profile is not None, "the graph has dynamic inputs"
         profiles.append({item.name: (item.minimum, item.optimum, item.maximum) for item in profile.ranges})
-    document = {"graph": str(graph), "profiles": profiles, "types": types or {}, "host": host, "plugin": plugin}
+    kinds = {"types": types or {}, "host": host, "plugin": plugin, "embedded": embedded}
+    document = {"graph": str(graph), "profiles": profiles, **kinds}
     path.write_text(json.dumps(document), encoding="utf-8")
     return path

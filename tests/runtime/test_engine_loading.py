@@ -42,7 +42,7 @@ def test_plugin_is_loaded_once_before_the_plan(
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     plan = fake_tensorrt.plan_of_graph(graphs["concat"], tmp_path / "with.plan", (LIMITS,), plugin=True)
     for _ in range(2):
-        with opened_engine(manifest(plugin="on"), plan) as session:
+        with opened_engine(manifest(plugin_layers=4), plan) as session:
             assert np.isfinite(session.prefill(tokens())[0]).all()
     assert len(tensorrt.registry.all_creators) == 1
 
@@ -51,6 +51,19 @@ def test_plan_without_its_plugin_is_refused(graphs: dict[str, Path], tensorrt: F
     """TensorRT's own words name the missing one."""
     plan = fake_tensorrt.plan_of_graph(graphs["concat"], tmp_path / "with.plan", (LIMITS,), plugin=True)
     with pytest.raises(UserError, match="Could not find plugin"), opened_engine(manifest(), plan):
+        pass
+
+
+def test_plan_that_carries_its_plugin_asks_for_no_library(
+    graphs: dict[str, Path], tensorrt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code may run because its manifest says so, and none is loaded beside it; without that word it is refused."""
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    plan = fake_tensorrt.plan_of_graph(graphs["concat"], tmp_path / "with.plan", (LIMITS,), embedded=True)
+    with opened_engine(manifest(plugin_layers=4, embedded=True), plan) as session:
+        assert np.isfinite(session.prefill(tokens())[0]).all()
+    assert not tensorrt.registry.all_creators
+    with pytest.raises(UserError, match="host code is not allowed"), opened_engine(manifest(), plan):
         pass
 
 
@@ -74,7 +87,7 @@ def test_engine_of_another_model_is_refused(tensorrt: FakeTensorRT, tmp_path: Pa
     """All that a language model would have, and all that nothing fills, is named."""
     text = "<ir_version: 10, opset_import: ['' : 21]> m (float[batch, 8] pixels) => (float[batch, 8] scores)"
     onnx.save(onnx.parser.parse_model(text.replace("'", '"') + " { scores = Relu(pixels) }"), tmp_path / "m.onnx")
-    document = {"graph": str(tmp_path / "m.onnx"), "types": {}, "host": [], "plugin": False}
+    document = {"graph": str(tmp_path / "m.onnx"), "types": {}, "host": [], "plugin": False, "embedded": False}
     document["profiles"] = [{"pixels": [[1, 8], [1, 8], [2, 8]]}]
     (tmp_path / "out.plan").write_text(json.dumps(document))
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fptq_export.errors import UserError
 from fptq_export.files import sha256_from_file
 from fptq_export.plugin.library import DIRECTORY_VARIABLE, LOADED_LIBRARY, REGISTERING_LIBRARY
 from fptq_export.triton.options import TritonOptions
+from fptq_export.triton.plugins import EMBEDDED_PLUGIN_FILE
 from fptq_export.triton.run import run_triton
 from fptq_export.triton.serving.routing import ROUTE_HEADER
 from tests.triton.engine_runs import engine_run
@@ -65,6 +67,28 @@ def test_engines_without_the_plugin_name_none(finished_run: Path, tmp_path: Path
     write(engine_run(finished_run, tmp_path / "tiny", "concat"), tmp_path / "models")
     expected = ["--model-repository", str(tmp_path / "models"), ROUTES, "--http-port", "9000"]
     assert arguments(tmp_path / "models", tmp_path) == expected
+
+
+def test_server_may_run_the_plugin_that_an_engine_carries(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No library is asked for or copied; models that come later leave the option, and the other kind adds its own."""
+    facts = built_plugin(tmp_path / "plugin", monkeypatch, b"library")
+    carrying = {**facts, "plugin": {**facts["plugin"], "embedded": True}}
+    repository = tmp_path / "models"
+    with pytest.MonkeyPatch.context() as without:
+        without.setenv(DIRECTORY_VARIABLE, str(tmp_path / "nowhere"))
+        write(engine_run(finished_run, tmp_path / "tiny", "concat", **carrying), repository)
+    version = repository / "tiny-plan" / "1"
+    assert {path.name for path in version.iterdir()} == {"model.plan", EMBEDDED_PLUGIN_FILE}
+    assert json.loads((version / EMBEDDED_PLUGIN_FILE).read_text())["sha256"] == facts["plugin"]["sha256"]
+    allowed = "--backend-config=tensorrt,version-compatible=true"
+    front = ["--model-repository", str(repository)]
+    assert arguments(repository, tmp_path) == [*front, allowed, ROUTES, "--http-port", "9000"]
+    write(engine_run(finished_run, tmp_path / "other", "concat", **facts), repository)
+    library = repository / "other-plan" / "1" / REGISTERING_LIBRARY
+    both = [f"--backend-config=tensorrt,plugins={library}", allowed]
+    assert arguments(repository, tmp_path) == [*front, *both, ROUTES, "--http-port", "9000"]
 
 
 def test_plugin_of_another_build_is_refused(

@@ -88,7 +88,7 @@ const char* const kHelp =
 
   --run DIR              run directory with manifest.json [looked for beside the engine]
   --library FILE         libtensorrt_rtx.so.1 or libnvinfer.so.* [FPTQ_TENSORRT_LIBRARY, else the loader's path]
-  --plugin FILE          libfptq_trt.so, where the engine needs it; `embedded` where the plan carries it
+  --plugin FILE          libfptq_trt.so where the engine needs it, `embedded` where it carries it [what the manifest says]
   --load-inputs FILE     Polygraphy's JSON; generate reads input_ids [B, S] of each call as prompts
   --save-outputs FILE    Polygraphy's JSON; generate writes output_ids [prompts, longest], -1 behind a shorter one
 

@@ -35,14 +35,16 @@ Opened Open(const Arguments& arguments, Machine& machine, const See& see) {
   }
   const LibraryFacts library =
       machine.OpenLibrary(report.facts ? report.facts->target : "", arguments.library);
+  std::string plugin = arguments.plugin;
   if (report.facts) {
-    const bool is_file = !arguments.plugin.empty() && arguments.plugin != kEmbedded;
+    if (plugin.empty() && report.facts->carries_plugin()) plugin = kEmbedded;
+    const bool is_file = !plugin.empty() && plugin != kEmbedded;
     see(CheckLibrary(*report.facts, library));
-    see(CheckPlugin(*report.facts, arguments.plugin, is_file ? machine.PluginInfo(arguments.plugin) : ""));
+    see(CheckPlugin(*report.facts, plugin, is_file ? machine.PluginInfo(plugin) : ""));
   }
   opened.device = machine.OpenDevice();
   if (report.facts) see(CheckGpu(*report.facts, opened.device->Name(), opened.device->ComputeCapability()));
-  opened.engine = machine.OpenEngine(arguments.plan, arguments.plugin, *opened.device);
+  opened.engine = machine.OpenEngine(arguments.plan, plugin, *opened.device);
   return opened;
 }
 

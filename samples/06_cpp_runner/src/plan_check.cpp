@@ -104,7 +104,8 @@ EngineFacts FactsFromJson(const Json& engine) {
   const Json plugin = engine.value("plugin", Json());
   if (plugin.is_object()) {
     facts.plugin =
-        PluginFacts{plugin.at("version").get<std::string>(), plugin.at("layout_version").get<std::int64_t>()};
+        PluginFacts{plugin.at("version").get<std::string>(), plugin.at("layout_version").get<std::int64_t>(),
+                    plugin.value("embedded", false)};
   }
   return facts;
 }
@@ -152,6 +153,14 @@ Check ProofCheck(const Run& run) {
                                     [](const Json& layer) { return layer.at("verdict") == "proven"; });
   return {"proof", Status::kOk,
           std::to_string(proven) + " of " + std::to_string(layers.size()) + " layers proven", ""};
+}
+
+Check CheckEmbedded(const std::string& needs, const std::string& library) {
+  if (library.empty() || library == kEmbedded) {
+    return {"plugin", Status::kOk, needs + ", which the engine carries", ""};
+  }
+  return {"plugin", Status::kProblem, needs + ", which the engine carries: " + library + " would not be used",
+          "leave --plugin out"};
 }
 
 void AddRun(const std::string& plan, const std::string& directory, const std::optional<PlanHeader>& header,
@@ -218,19 +227,26 @@ Check CheckLibrary(const EngineFacts& facts, const LibraryFacts& library) {
 Check CheckPlugin(const EngineFacts& facts, const std::string& library, const std::string& info) {
   if (facts.plugin_layers == 0) return {"plugin", Status::kOk, "no layer is recorded to need it", ""};
   const std::string needs = std::to_string(facts.plugin_layers) + " of its layers run in the plugin";
+  if (facts.plugin && facts.plugin->embedded)
+    return CheckEmbedded(needs + ", version " + facts.plugin->version, library);
   if (library.empty()) {
-    return {"plugin", Status::kProblem, needs + ", which is missing",
-            "give --plugin libfptq_trt.so (python -m fptq_export.plugin build), or --plugin embedded where "
-            "the plan "
-            "carries it"};
+    return {
+        "plugin", Status::kProblem, needs + ", which is missing",
+        "give --plugin libfptq_trt.so (python -m fptq_export.plugin build), or build it with --embed-plugin"};
   }
-  if (library == kEmbedded) return {"plugin", Status::kOk, needs + ", which the plan carries", ""};
+  if (library == kEmbedded) {
+    if (!facts.plugin)
+      return {"plugin", Status::kNote, needs + "; whether it carries it is not recorded", ""};
+    return {"plugin", Status::kProblem, needs + ", which it does not carry",
+            "give --plugin libfptq_trt.so, or build it again with --embed-plugin"};
+  }
   const Json found = Json::parse(info, nullptr, false);
   if (!found.is_object() || !found.contains("version") || !found.contains("layout_version")) {
     return {"plugin", Status::kProblem, library + " is not a plugin library of fptq-export",
             "build it: python -m fptq_export.plugin build"};
   }
-  const PluginFacts here{found["version"].get<std::string>(), found["layout_version"].get<std::int64_t>()};
+  const PluginFacts here{found["version"].get<std::string>(), found["layout_version"].get<std::int64_t>(),
+                         false};
   if (!facts.plugin) {
     return {"plugin", Status::kNote, needs + "; which version of it built the engine is not recorded", ""};
   }

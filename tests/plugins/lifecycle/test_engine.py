@@ -15,15 +15,17 @@ from fptq_export.build.engine import BuildRequest, build_engine
 from fptq_export.build.loader_path import loader_environment
 from fptq_export.build.profiles import Profile, ShapeRange
 from fptq_export.build.targets import Target
-from fptq_export.errors import PrecisionError, UserError
+from fptq_export.errors import PrecisionError, UserError, UserErrors
 from fptq_export.progress import NoProgress
-from tests.plugins.lifecycle.test_loading import IN, LOADED, OUT, write_graph
+from tests.plugins.lifecycle.test_loading import IN, LOADED, NAMES, OUT, run, write_graph
 from tests.support.plugin import built_double
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the plugin is built on Linux only")
 
 OPERATORS = {"layer0": "FptqW4A8GemmStatic", "layer1": "FptqW4A8GemmPerToken"}
 CODES = dict.fromkeys(OPERATORS, 208 * 192)
+TABLE_BYTES = 1024
+"""Of entries that say where a library lies in a plan: TensorRT for RTX 1.7.1 takes 24 for one."""
 
 
 @pytest.fixture
@@ -53,6 +55,33 @@ def test_engine_has_a_plugin_layer_for_each_linear(request_for: BuildRequest) ->
         assert report.precision.int4_constants == 2 * len(profiles)
         assert report.precision.layers_by_type["custom_layer"] == 2 * len(profiles)
         assert request_for.engine_path.stat().st_size > OUT * IN
+
+
+def test_engine_that_carries_the_library_loads_without_it(request_for: BuildRequest) -> None:
+    """It grows by the library and its place in a table, and brings both creators to the runtime that opens it.
+
+    TensorRT for RTX loads the library before it looks for a GPU; the registry of the process stays empty.
+    """
+    plain = build_engine(request_for, NoProgress()).engine_bytes
+    carrying = build_engine(dataclasses.replace(request_for, embed_plugin=True), NoProgress()).engine_bytes
+    size = (built_double() / LOADED).stat().st_size
+    assert 0 <= carrying - plain - size <= TABLE_BYTES
+    opened = f"runtime.deserialize_cuda_engine(open('{request_for.engine_path}', 'rb').read())"
+    found = run(f"""
+runtime = trt.Runtime(logger)
+runtime.engine_host_code_allowed = True
+engine = {opened}
+result["brought"] = found(runtime.get_plugin_registry())
+result["shared"] = found(registry)
+""")
+    assert (found["brought"], found["shared"]) == (list(NAMES), [])
+
+
+def test_engine_that_carries_no_library_is_not_built(request_for: BuildRequest) -> None:
+    """What it should carry is not given: refused before TensorRT starts."""
+    with pytest.raises(UserErrors, match="--embed-plugin"):
+        build_engine(dataclasses.replace(request_for, plugin_library=None, embed_plugin=True), NoProgress())
+    assert not request_for.log_path.exists()
 
 
 def test_engine_that_is_not_what_was_asked_is_not_published(request_for: BuildRequest) -> None:

@@ -26,6 +26,7 @@ struct Check {
 struct PluginFacts {
   std::string version;  // of fptq-export
   std::int64_t layout_version = 0;
+  bool embedded = false;  // in the plan
 };
 
 // What an engine was built for (`engine` in the build stage of manifest.json).
@@ -35,6 +36,8 @@ struct EngineFacts {
   std::vector<std::string> compute_capabilities;
   std::int64_t plugin_layers = 0;
   std::optional<PluginFacts> plugin;
+
+  [[nodiscard]] bool carries_plugin() const { return plugin && plugin->embedded; }
 };
 
 // What the file and its run say.
@@ -55,12 +58,12 @@ struct LibraryFacts {
 };
 
 Check CheckLibrary(const EngineFacts& facts, const LibraryFacts& library);
-// `info` is what the library's fptqPluginInfo says, empty where it has none; `library` is empty where none was
-// given, or kEmbedded.
+// `library` is a file, kEmbedded, or empty where there is none; `info` is what the file's fptqPluginInfo says, empty
+// where it has none.
 Check CheckPlugin(const EngineFacts& facts, const std::string& library, const std::string& info);
 Check CheckGpu(const EngineFacts& facts, const std::string& gpu, const std::string& compute_capability);
 
-// --plugin embedded: the library is in the plan (`plugins_to_serialize`).
+// --plugin embedded: the library is in the plan (`plugins_to_serialize`). Plans whose manifest says so need no option.
 inline constexpr const char* kEmbedded = "embedded";
 
 // Throws Error for a check that is a problem.
