@@ -34,7 +34,7 @@ def echo_case(rows: int, channels: int) -> Case:
 
 
 def node_of(
-    prologue: str, x_scale: float | None, case: Case, outputs: list[str], **attributes: float
+    prologue: str, x_scale: float | None, case: Case, outputs: list[str], **attributes: Any
 ) -> tuple[onnx.NodeProto, Initializers]:
     """A node with the prologue; its first inputs are x and what else the prologue reads."""
     first = ["x", *(["skip", "gamma"] if prologue == SKIP_NORM else ["up"])]
