@@ -1,4 +1,4 @@
-"""Attention that keeps its keys and values where they are, as an operator of ONNX Runtime."""
+"""Attention that keeps its keys and values where they are, as an operator of `plugins/cpu/ort_ops.cpp`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from fptq_export.rewrite.initializers import constant_initializer
+from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN
 from fptq_export.rewrite.matching import only_reader, producer, sizes
 
-__all__ = ["CacheInPlace"]
+__all__ = ["CACHED_ATTENTION", "CacheInPlace"]
 
-_ORT_DOMAIN = "com.microsoft"
-_OPERATOR = "GroupQueryAttention"
+CACHED_ATTENTION = "FptqCachedAttention"
+_PANEL = 16
+_MOST_CHANNELS = 256
+"""A head of the kernel has a multiple of the first, up to the second: `FPTQ_CPU_PANEL`, `FPTQ_CPU_MAX_HEAD_SIZE`."""
+_OTHER_ROTATIONS = ("interleaved", "rotary_embedding_dim")
 _TOKENS_FIRST = (0, 2, 1, 3)
 _COMPARISONS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"})
 _MASK_OPERATORS = frozenset(
@@ -52,18 +56,20 @@ class _Cached:
 
 
 class CacheInPlace(ir.passes.InPlacePass):
-    """Replace `Attention` over `Concat(past, new)` by ONNX Runtime's `GroupQueryAttention`.
+    """Replace `Attention` over `Concat(past, new)` by `FptqCachedAttention`.
 
     The operator writes new keys and values behind the past ones in the same memory, where caller and graph agree on one
-    buffer; as traced, every call copies the whole cache.
+    buffer; as traced, every call copies the whole cache. Keys lie in an order of its own.
 
     Rules:
-        1. All attentions of a graph or none: they share the inputs that say how long the cache is.
+        1. All attentions of a graph or none: they share the input that says how long the cache is.
         2. Keys and values are `Concat(past_key_values.N.*, new)` along the tokens, and graph outputs.
         3. The mask lets a token see those before it and no other restriction: its computation has one comparison,
            `LessOrEqual`, and otherwise only operators that move numbers around. The operator masks so on its own.
-        4. Rotations (`RotaryEmbedding`) are done on [batch, tokens, heads x channels], which the operator reads.
-        5. Otherwise the graph stays as it is, with the reason in `left_alone`.
+        4. Rotations (`RotaryEmbedding`) of queries and keys by the same angles, of whole heads by halves, are left to
+           the operator. Others are done on [batch, tokens, heads x channels], which it reads.
+        5. A head has a multiple of 16 channels, up to 256.
+        6. Otherwise the graph stays as it is, with the reason in `left_alone`.
 
     After it the graph reads `attention_mask` for its length only: every token counts, there is no padding.
 
@@ -92,11 +98,11 @@ class CacheInPlace(ir.passes.InPlacePass):
         self.left_alone = left_alone
         if left_alone or not found:
             return ir.passes.PassResult(model, modified=False)
-        lengths = _lengths(model, found[0])
+        total = _total(model)
         for cached in found:
-            _replace(model, cached, lengths)
+            _replace(model, cached, total)
         self.fused = len(found)
-        model.graph.opset_imports[_ORT_DOMAIN] = 1
+        model.graph.opset_imports[CPU_DOMAIN] = 1
         common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -112,6 +118,9 @@ def _match(node: ir.Node) -> _Cached:
         raise _LeftAloneError("its heads, channels or scale are not known, or differ")
     if sizes(past_value, 4)[3] != sizes(past_key, 4)[3]:
         raise _LeftAloneError("its values have other channels than its keys")
+    channels = sizes(past_key, 4)[3] or 0
+    if not 0 < channels <= _MOST_CHANNELS or channels % _PANEL:
+        raise _LeftAloneError(f"its heads have {channels} channels: no multiple of {_PANEL} up to {_MOST_CHANNELS}")
     _check_mask(mask)
     return _Cached(node, query, new_key, new_value, past_key, past_value, heads, kv_heads, scale)
 
@@ -149,32 +158,29 @@ def _check_mask(mask: ir.Value | None) -> None:
         raise _LeftAloneError(f"its mask comes from {comparisons} comparisons, not from one")
 
 
-def _lengths(model: ir.Model, first: _Cached) -> tuple[ir.Value, ir.Value]:
-    """INT32: last token of each sequence, [B], and tokens in the cache after the call, one number."""
+def _total(model: ir.Model) -> ir.Value:
+    """INT32, one number: tokens in the cache after the call."""
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
-    one = constant_initializer(model, f"{_OPERATOR}.one", np.array([1], np.int32))
-    axis = constant_initializer(model, f"{_OPERATOR}.axis", np.array([0], np.int64))
-    to_int32 = {"to": int(ir.DataType.INT32)}
+    axis = constant_initializer(model, f"{CACHED_ATTENTION}.axis", np.array([0], np.int64))
     tape = ir.tape.Tape()
-    batch, total = (tape.op("Shape", [mask], {"start": start, "end": start + 1}) for start in (0, 1))
-    narrow = tape.op("Cast", [total], to_int32)
-    last = tape.op("Expand", [tape.op("Sub", [narrow, one]), batch])
-    whole = tape.op("Squeeze", [narrow, axis])
+    narrow = tape.op("Cast", [tape.op("Shape", [mask], {"start": 1, "end": 2})], {"to": int(ir.DataType.INT32)})
+    total = tape.op("Squeeze", [narrow, axis])
     for index, node in enumerate(tape.nodes):
-        node.name = f"{_OPERATOR}/lengths_{index}"
-        node.outputs[0].name = f"{_OPERATOR}.lengths_{index}"
+        node.name = f"{CACHED_ATTENTION}/total_{index}"
+        node.outputs[0].name = f"{CACHED_ATTENTION}.total_{index}"
     model.graph.insert_before(model.graph[0], tape.nodes)
-    return last, whole
+    return total
 
 
-def _replace(model: ir.Model, cached: _Cached, lengths: tuple[ir.Value, ir.Value]) -> None:
-    operands = [_tokens_first(model, cached, value) for value in (cached.query, cached.key, cached.value)]
+def _replace(model: ir.Model, cached: _Cached, total: ir.Value) -> None:
+    angles = _shared_angles(cached)
+    operands = [_tokens_first(model, cached, value, rotated=not angles) for value in (cached.query, cached.key)]
+    operands.append(_tokens_first(model, cached, cached.value))
     attributes = {"num_heads": cached.heads, "kv_num_heads": cached.kv_heads, "scale": cached.scale}
-    inputs = [*operands, cached.past_key, cached.past_value, *lengths]
     fused = ir.Node(
-        _ORT_DOMAIN,
-        _OPERATOR,
-        inputs,
+        CPU_DOMAIN,
+        CACHED_ATTENTION,
+        [*operands, cached.past_key, cached.past_value, total, *angles],
         ir.convenience.convert_attributes(attributes),
         num_outputs=3,
         name=cached.node.name,
@@ -187,6 +193,20 @@ def _replace(model: ir.Model, cached: _Cached, lengths: tuple[ir.Value, ir.Value
         before.name = f"{before.name}.joined"
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
     _hand_on(model, cached, mixed)
+
+
+def _shared_angles(cached: _Cached) -> tuple[ir.Value, ...]:
+    """Cosines and sines of the rotations that rule 4 leaves to the operator."""
+    half = (sizes(cached.query, 4)[3] or 0) // 2
+    found: list[tuple[ir.Value, ...]] = []
+    for value in (cached.query, cached.key):
+        rotation = producer(value, "RotaryEmbedding")
+        if rotation is None or any(rotation.attributes.get_int(name, 0) for name in _OTHER_ROTATIONS):
+            return ()
+        found.append(tuple(operand for operand in rotation.inputs[1:] if operand is not None))
+    angles = found[0]
+    fits = len(angles) == 2 and found[1] == angles and all(sizes(angle, 3)[2] == half for angle in angles)
+    return angles if fits else ()
 
 
 def _hand_on(model: ir.Model, cached: _Cached, mixed: ir.Value) -> None:
@@ -204,7 +224,7 @@ def _hand_on(model: ir.Model, cached: _Cached, mixed: ir.Value) -> None:
             model.graph.remove(dead, safe=True)
         return
     shape = constant_initializer(
-        model, f"{_OPERATOR}.heads_{cached.heads}_{width}", np.array([0, 0, cached.heads, -1], np.int64)
+        model, f"{CACHED_ATTENTION}.heads_{cached.heads}_{width}", np.array([0, 0, cached.heads, -1], np.int64)
     )
     apart = ir.node("Reshape", [mixed, shape], name=f"{cached.node.name}/Reshape")
     back = ir.node("Transpose", [apart.outputs[0]], {"perm": _TOKENS_FIRST}, name=f"{cached.node.name}/Transpose")
@@ -217,15 +237,15 @@ def _hand_on(model: ir.Model, cached: _Cached, mixed: ir.Value) -> None:
     model.graph.remove(cached.node, safe=True)
 
 
-def _tokens_first(model: ir.Model, cached: _Cached, value: ir.Value) -> ir.Value:
-    """[B, heads, S, channels] -> [B, S, heads x channels], rule 4."""
+def _tokens_first(model: ir.Model, cached: _Cached, value: ir.Value, *, rotated: bool = True) -> ir.Value:
+    """[B, heads, S, channels] -> [B, S, heads x channels]; with `rotated` False as it is before its rotation."""
     rotation = producer(value, "RotaryEmbedding")
     source = rotation.inputs[0] if rotation is not None else value
     heads = sizes(value, 4)[1]
     if source is None or heads is None:
         raise RuntimeError(f"{value.name!r} has no known heads")
     flat = _flat(model, cached.node, source)
-    if rotation is None:
+    if rotation is None or not rotated:
         return flat
     attributes = {"interleaved": rotation.attributes.get_int("interleaved", 0), "num_heads": heads}
     turned = ir.node("RotaryEmbedding", [flat, *rotation.inputs[1:]], attributes, name=f"{rotation.name}/flat")
@@ -250,7 +270,7 @@ def _flat(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
         inner = turn.outputs[0]
         inner.name, inner.type = f"{name}.tokens_first", value.type
         model.graph.insert_before(before, turn)
-    shape = constant_initializer(model, f"{_OPERATOR}.flat", np.array([0, 0, -1], np.int64))
+    shape = constant_initializer(model, f"{CACHED_ATTENTION}.flat", np.array([0, 0, -1], np.int64))
     joined = ir.node("Reshape", [inner, shape], name=f"{name}/flat_shape")
     out = joined.outputs[0]
     out.name, out.type = f"{name}.flat_heads", value.type

@@ -13,6 +13,7 @@ from fptq_export.graph_io import load_graph
 from fptq_export.rewrite.cache_in_place import CacheInPlace
 from fptq_export.rewrite.functions import W4A8_PER_TOKEN, W4A8_STATIC
 from fptq_export.rewrite.fuse_attention import FuseAttention
+from fptq_export.rewrite.fuse_prologue import FusePrologue
 from fptq_export.rewrite.fuse_rms_norm import FuseRmsNorm
 from fptq_export.rewrite.fuse_rotary import FuseRotary
 from fptq_export.rewrite.fuse_skip_norm import FuseSkipNorm
@@ -58,7 +59,8 @@ def cpu_form_from_path(path: Path) -> CpuForm:
     _apply(model, FuseRotary(), attention, cache)
     if not cache.fused:  # attention as one operator pays where it spares the copy of the cache, and only there
         model = _opened(path)
-    _apply(model, FuseRmsNorm(), lower, WidenToFloat(_NARROW_INPUTS), FuseSkipNorm(), common.RemoveUnusedNodesPass())
+    _apply(model, FuseRmsNorm(), lower, WidenToFloat(_NARROW_INPUTS), FuseSkipNorm(), FusePrologue())
+    common.RemoveUnusedNodesPass()(model)
     left_alone = {**attention.left_alone, **cache.left_alone, **lower.left_alone}
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return CpuForm(serialized, lower.lowered, left_alone, cache.fused > 0)

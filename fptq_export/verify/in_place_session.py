@@ -20,7 +20,9 @@ from fptq_export.verify.sessions import ORT_ERRORS, OrtForm, first_line, session
 __all__ = ["InPlaceCache", "InPlaceCausalSession"]
 
 _LEAST_SLOTS = 256
-"""Of a cache; it doubles where they are used up."""
+"""Of a cache, a multiple of `_PANEL`; it doubles where they are used up."""
+_PANEL = 16
+"""Tokens of keys that lie side by side: `FPTQ_CPU_PANEL`."""
 _RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError)
 """A run with bound values raises the second."""
 _PAST, _PRESENT = "past_key_values", "present"
@@ -32,7 +34,7 @@ class _Buffer:
 
     binding: Any
     values: dict[str, Any]
-    """`past_key_values.N.key` -> OrtValue float32 [B, H, slots, D]."""
+    """`past_key_values.N.key` -> OrtValue float32 [B, H, slots, D], keys in the order of the operator."""
     slots: int
     logits: Any
     """OrtValue float32 [B, 1, V]."""
@@ -51,7 +53,7 @@ class InPlaceCache:
 
 
 class InPlaceCausalSession:
-    """ONNX Runtime (CPU) on a graph whose `GroupQueryAttention` writes keys and values where the caller keeps them.
+    """ONNX Runtime (CPU) on a graph whose `FptqCachedAttention` writes keys and values where the caller keeps them.
 
     As `OnnxCausalSession`, but no call copies the cache. A cache that was decoded from can be decoded from again: the
     second time, its tokens are copied into a buffer of their own. Logits are float32 [B, 1, V], of the last token.
@@ -104,12 +106,7 @@ class InPlaceCausalSession:
         Raises:
             UserError: ONNX Runtime cannot run the graph on these tokens.
         """
-        batch, length = input_ids.shape
-        if batch > 1 and length > 1:  # the operator continues several texts by one token only
-            for i in range(length - 1):
-                _, cache = self.decode(input_ids[:, i : i + 1], cache)
-            return self.decode(input_ids[:, -1:], cache)
-        buffer, needed = cache._buffer, cache.length + length
+        buffer, needed = cache._buffer, cache.length + input_ids.shape[1]
         if cache.length != buffer.filled or needed > buffer.slots:
             cache = InPlaceCache(cache.length, self._copied(buffer, cache.length, needed))
         return self._run(input_ids, cache)
@@ -142,8 +139,9 @@ class InPlaceCausalSession:
         """The first tokens of a buffer in another one with enough slots."""
         batch = next(iter(buffer.values.values())).shape()[0]
         copy = self._new_buffer(batch, needed)
+        whole = -(-length // _PANEL) * _PANEL
         for name, value in buffer.values.items():
-            array_from_ort_value(copy.values[name])[:, :, :length] = array_from_ort_value(value)[:, :, :length]
+            array_from_ort_value(copy.values[name])[:, :, :whole] = array_from_ort_value(value)[:, :, :whole]
         copy.filled = length
         return copy
 

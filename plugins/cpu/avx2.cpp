@@ -1,7 +1,9 @@
 // The kernels for AVX2 with FMA and F16C, compiled with those flags.
 #include <immintrin.h>
 
+#include "attention_kernels.h"
 #include "half_kernels.h"
+#include "prologue_kernels.h"
 #include "vector_kernels.h"
 
 namespace fptq::cpu {
@@ -46,6 +48,9 @@ struct Avx2 {
   static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
   static Int round(Float value) { return _mm256_cvtps_epi32(value); }
   static Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }
+  static Float power_of_two(Int n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
 
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
@@ -85,6 +90,8 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {quantize_row<Avx2>, multiply_block<Avx2, false>, multiply_block<Avx2, true>, half_block<Avx2>};
+const Kernels kAvx2Kernels = {
+    quantize_row<Avx2>, multiply_block<Avx2, false>, multiply_block<Avx2, true>, half_block<Avx2>,
+    store_head<Avx2>,   attend_rows<Avx2>,           skip_norm_row<Avx2>,        swi_glu_row<Avx2>};
 
 }  // namespace fptq::cpu

@@ -1,7 +1,9 @@
 // The kernels for AVX-512 F, BW and VNNI, compiled with those flags.
 #include <immintrin.h>
 
+#include "attention_kernels.h"
 #include "half_kernels.h"
+#include "prologue_kernels.h"
 #include "vector_kernels.h"
 
 namespace fptq::cpu {
@@ -42,6 +44,9 @@ struct Avx512Vnni {
   static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
   static Int round(Float value) { return _mm512_cvtps_epi32(value); }
   static Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
+  static Float power_of_two(Int n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+  }
 
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
@@ -66,7 +71,9 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {quantize_row<Avx512Vnni>, multiply_block<Avx512Vnni, false>,
-                                    multiply_block<Avx512Vnni, true>, half_block<Avx512Vnni>};
+const Kernels kAvx512VnniKernels = {quantize_row<Avx512Vnni>,         multiply_block<Avx512Vnni, false>,
+                                    multiply_block<Avx512Vnni, true>, half_block<Avx512Vnni>,
+                                    store_head<Avx512Vnni>,           attend_rows<Avx512Vnni>,
+                                    skip_norm_row<Avx512Vnni>,        swi_glu_row<Avx512Vnni>};
 
 }  // namespace fptq::cpu

@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention_cpu.h"
+#include "prologue_cpu.h"
 #include "w4a8_cpu.h"
 
 namespace fptq::cpu {
@@ -58,6 +60,9 @@ struct HalfArgs {
   int32_t m, n, k;
 };
 
+inline constexpr int kPanel = FPTQ_CPU_PANEL;
+inline constexpr int kMaxHeadSize = FPTQ_CPU_MAX_HEAD_SIZE;
+
 struct Kernels {
   void (*quantize_row)(const QuantizeArgs& args, int32_t row);
   // All rows x 32 output channels: the outputs, or the INT32 sums of the groups.
@@ -65,6 +70,12 @@ struct Kernels {
   void (*sum_block)(const MultiplyArgs& args, int32_t block);
   // All rows x 32 output channels of an FP16 weight.
   void (*half_block)(const HalfArgs& args, int32_t block);
+  // Writes the new keys and values of a head of the cache, one of [batch, kv_heads].
+  void (*store_head)(const FptqCpuAttention& args, int32_t head);
+  // Rows first .. first + count - 1 of a head of the cache; a row is a query head of a token, tokens first.
+  void (*attend_rows)(const FptqCpuAttention& args, int32_t head, int32_t first, int32_t count);
+  void (*skip_norm_row)(const FptqCpuSkipNorm& args, int32_t row);
+  void (*swi_glu_row)(const FptqCpuSwiGlu& args, int32_t row);
 };
 
 extern const Kernels kScalarKernels;

@@ -63,7 +63,7 @@ inline constexpr uint32_t kApiVersion = 18;
 inline constexpr uint32_t kCustomOpVersion = 16;
 
 // ONNX element types.
-inline constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10, kInt4 = 22;
+inline constexpr int kFloat = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kInt4 = 22;
 inline constexpr int kRequired = 0, kOptional = 1;  // of an input or output
 inline constexpr int kDefaultMemory = 0;
 inline constexpr int kFail = 1;  // error code
@@ -99,6 +99,9 @@ class Api {
   }
   OrtStatus* type_and_shape(const OrtValue* value, OrtTensorTypeAndShapeInfo** info) const {
     return at<OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>(65)(value, info);
+  }
+  OrtStatus* float_attribute(const OrtKernelInfo* info, const char* name, float* value) const {
+    return at<OrtStatus*(const OrtKernelInfo*, const char*, float*)>(85)(info, name, value);
   }
   OrtStatus* int_attribute(const OrtKernelInfo* info, const char* name, int64_t* value) const {
     return at<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, value);

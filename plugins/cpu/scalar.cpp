@@ -1,5 +1,7 @@
 // The kernels in plain C++, for machines without AVX2 and as the plainest of the three to read.
+#include "attention_kernels.h"
 #include "half_kernels.h"
+#include "prologue_kernels.h"
 #include "vector_kernels.h"
 
 namespace fptq::cpu {
@@ -42,6 +44,12 @@ struct Scalar {
   static Float min(Float a, Float b) { return a < b ? a : b; }
   static Int round(Float value) { return static_cast<Int>(__builtin_rintf(value)); }
   static Float to_float(Int value) { return static_cast<float>(value); }
+  static Float power_of_two(Int n) {
+    const Int bits = (n + 127) << 23;
+    Float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
 
   static Int add(Int a, Int b) { return a + b; }
   static Float add(Float a, Float b) { return a + b; }
@@ -77,7 +85,8 @@ struct Scalar {
 
 }  // namespace
 
-const Kernels kScalarKernels = {quantize_row<Scalar>, multiply_block<Scalar, false>,
-                                multiply_block<Scalar, true>, half_block<Scalar>};
+const Kernels kScalarKernels = {
+    quantize_row<Scalar>, multiply_block<Scalar, false>, multiply_block<Scalar, true>, half_block<Scalar>,
+    store_head<Scalar>,   attend_rows<Scalar>,           skip_norm_row<Scalar>,        swi_glu_row<Scalar>};
 
 }  // namespace fptq::cpu

@@ -5,6 +5,7 @@
  * - Float, Int: kLanes FP32 or INT32 values.
  * - Bytes: 4 * kLanes bytes, either unsigned weight codes or four signed activation codes repeated in every lane.
  * - Partial: where products are added up. Int where kFlushK is 0, else narrower integers, widened every kFlushK channels.
+ * - power_of_two: 2^n as a Float, for n in [-126, 127].
  * - kTileRows, kTileVectors: most rows of a tile of accumulators, and its vectors of output channels.
  * - kRowVectors: vectors of output channels of a tile that has one row and is alone: the more there are, the longer the
  *   runs of memory that it reads.
@@ -33,8 +34,8 @@ inline constexpr float kMaxActivation = 127.0f;
 inline constexpr float kMinActivation = -128.0f;
 inline constexpr float kPerTokenEps = 1e-6f;  // fptq_export.numerics.PER_TOKEN_EPS
 
-FPTQ_INLINE int smaller(int a, int b) { return a < b ? a : b; }
-FPTQ_INLINE int larger(int a, int b) { return a > b ? a : b; }
+constexpr FPTQ_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+constexpr FPTQ_INLINE int larger(int a, int b) { return a > b ? a : b; }
 
 /* ---- activation ---- */
 
@@ -136,7 +137,8 @@ FPTQ_INLINE void dot_steps(typename V::Partial (&sums)[CHAINS][ROWS][kVectors], 
   for (; k < k_end; k += kStepK, w += Codes::kBytes) {
     if constexpr (ROWS == 1) {
       // Nothing else hides the way from memory: every code is read once.
-      for (int i = 0; i < 4 * V::kLanes * kVectors; i += kCacheLine) __builtin_prefetch(w + kPrefetchBytes + i);
+      for (int i = 0; i < 4 * V::kLanes * kVectors; i += kCacheLine)
+        __builtin_prefetch(w + kPrefetchBytes + i);
     }
     typename V::Bytes low[kVectors], high[kVectors];
 #pragma GCC unroll 8

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "dispatch.h"
 #include "problem.h"
 
 namespace fptq::cpu {
@@ -30,16 +31,6 @@ struct Workspace {
  private:
   static constexpr size_t align(size_t size) { return FPTQ_ROUND_UP(size, size_t{FPTQ_CPU_ALIGNMENT}); }
 };
-
-const Kernels& kernels_of(FptqCpuInstructionSet instruction_set) {
-#ifdef FPTQ_CPU_X86
-  if (instruction_set == FPTQ_CPU_AVX512_VNNI) return kAvx512VnniKernels;
-  if (instruction_set == FPTQ_CPU_AVX2) return kAvx2Kernels;
-#else
-  static_cast<void>(instruction_set);
-#endif
-  return kScalarKernels;
-}
 
 // Runs work(0) .. work(count - 1) on up to `threads` threads, this one included, and returns when all are
 // done.
@@ -127,15 +118,6 @@ void quantize_rows(const QuantizeArgs& args, const Kernels& kernels, int32_t m, 
                [&](int32_t row) { kernels.quantize_row(args, row); });
 }
 
-// As parallel_for, on the threads of the caller.
-template <typename Work>
-void parallel_for(int32_t count, const FptqCpuPool& pool, const Work& work) {
-  const auto call = [](void* data, size_t index) {
-    (*static_cast<const Work*>(data))(static_cast<int32_t>(index));
-  };
-  pool.run(pool.context, static_cast<size_t>(count), call, const_cast<Work*>(&work));
-}
-
 void quantize_rows(const QuantizeArgs& args, const Kernels& kernels, int32_t m, const FptqCpuPool& pool) {
   const int32_t chunks = FPTQ_ROUND_UP(m, kRowsPerThread) / kRowsPerThread;
   const auto quantize_chunk = [&](int32_t chunk) {
@@ -143,7 +125,7 @@ void quantize_rows(const QuantizeArgs& args, const Kernels& kernels, int32_t m, 
     for (int32_t row = chunk * kRowsPerThread; row < end; ++row) kernels.quantize_row(args, row);
   };
   if (chunks == 1) return quantize_chunk(0);
-  parallel_for(chunks, pool, quantize_chunk);
+  run_on(pool, chunks, quantize_chunk);
 }
 
 FptqStatus check_parts(const FptqCpuProblem& problem, const FptqCpuPart* parts, int32_t part_count) {
@@ -174,7 +156,7 @@ void run_parts(const FptqCpuProblem& problem, const Kernels& kernels, const Fptq
     one.y = part.y;
     blocks += blocks_of(part.n);
   }
-  parallel_for(blocks, pool, [&](int32_t block) {
+  run_on(pool, blocks, [&](int32_t block) {
     size_t part = 0;
     for (; block >= blocks_of(multiply[part].n); ++part) block -= blocks_of(multiply[part].n);
     kernels.multiply_block(multiply[part], block);
@@ -276,7 +258,7 @@ FptqStatus fptqCpuHalfLinear(int32_t m, int32_t n, int32_t k, FptqCpuInstruction
   if (fptqCpuSupports(instruction_set) == 0) return FPTQ_UNSUPPORTED_DEVICE;
   const HalfArgs args{.x = x, .w = static_cast<const _Float16*>(w), .y = y, .m = m, .n = n, .k = k};
   const Kernels& kernels = kernels_of(instruction_set);
-  parallel_for(blocks_of(n), *pool, [&](int32_t block) { kernels.half_block(args, block); });
+  run_on(*pool, blocks_of(n), [&](int32_t block) { kernels.half_block(args, block); });
   return FPTQ_OK;
 }
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from fptq_export.errors import UserError
 from fptq_export.graph_io import load_graph
-from fptq_export.rewrite.cache_in_place import CacheInPlace
+from fptq_export.rewrite.cache_in_place import CACHED_ATTENTION, CacheInPlace
 from fptq_export.rewrite.cpu_form import cpu_form_from_path
 from fptq_export.rewrite.functions import W4A8_PER_TOKEN, W4A8_STATIC
 from fptq_export.rewrite.fuse_attention import FuseAttention
+from fptq_export.rewrite.fuse_prologue import SKIP_NORM, SWI_GLU
 from fptq_export.rewrite.fuse_rotary import FuseRotary
 from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN, HALF_LINEAR, LowerToCpu
 from fptq_export.rewrite.widen_to_float import WidenToFloat
@@ -94,12 +95,12 @@ def test_several_tokens_go_on_from_a_cache(pair: tuple[CausalSession, CausalSess
 
 def test_buffer_grows(pair: tuple[CausalSession, CausalSession], monkeypatch: pytest.MonkeyPatch) -> None:
     """What was there before stays when the slots are used up."""
-    monkeypatch.setattr("fptq_export.verify.in_place_session._LEAST_SLOTS", 4)
+    monkeypatch.setattr("fptq_export.verify.in_place_session._LEAST_SLOTS", 16)
     fast, stock = pair
-    texts = np.arange(20, 28)[None]
-    _, cache = fast.prefill(texts[:, :3])
-    _, stock_cache = stock.prefill(texts[:, :3])
-    for step in range(3, 7):
+    texts = np.arange(20, 40)[None]
+    _, cache = fast.prefill(texts[:, :14])
+    _, stock_cache = stock.prefill(texts[:, :14])
+    for step in range(14, 19):
         found, cache = fast.decode(texts[:, step : step + 1], cache)
         expected, stock_cache = stock.decode(texts[:, step : step + 1], stock_cache)
         assert_same_last(found, expected)
@@ -119,12 +120,15 @@ def test_linears_that_read_one_tensor_are_one_node(llama_rewritten_fp16: Rewritt
     lowered = [op for op in form.lowered.values() if op in (W4A8_STATIC, W4A8_PER_TOKEN)]
     found = operators(form.graph)
     assert len(lowered) == linears
-    assert found[W4A8_STATIC] + found[W4A8_PER_TOKEN] < linears
+    assert sum(count for op, count in found.items() if "W4A8" in op) < linears
     assert not onnx.load_model_from_string(form.graph).functions
     assert form.cache_in_place
-    assert found["GroupQueryAttention"] == portable["Softmax"]
+    assert found[CACHED_ATTENTION] == portable["Softmax"]
     assert not found["Softmax"]
-    assert found["SkipSimplifiedLayerNormalization"] == 2 * portable["Softmax"]
+    norms = sum(count for op, count in found.items() if op.startswith(SKIP_NORM))
+    assert norms + found["SkipSimplifiedLayerNormalization"] == 2 * portable["Softmax"]
+    assert found["SkipSimplifiedLayerNormalization"] == 1  # the last one, before the head
+    assert sum(count for op, count in found.items() if op.startswith(SWI_GLU)) == portable["Softmax"]
 
 
 def test_half_graph_computes_in_float(llama_rewritten_fp16: Rewritten) -> None:
@@ -134,8 +138,10 @@ def test_half_graph_computes_in_float(llama_rewritten_fp16: Rewritten) -> None:
     assert {dtype for name, dtype in types.items() if name == "logits" or ".key" in name} == {onnx.TensorProto.FLOAT}
     half = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
     readers = {node.op_type for node in graph.node for name in node.input if name in half}
-    assert readers <= {W4A8_STATIC, W4A8_PER_TOKEN, HALF_LINEAR, "Gather", "Cast"}
-    assert {HALF_LINEAR, W4A8_STATIC} <= readers
+    others = {op for op in readers if "W4A8Gemm" not in op}
+    assert others <= {HALF_LINEAR, "Gather", "Cast"}
+    assert HALF_LINEAR in others
+    assert others < readers
 
 
 def test_other_families_run_too(kernels: None, opt_rewritten: Rewritten, ids: NDArray[np.int64]) -> None:
@@ -154,6 +160,36 @@ def fused(path: Path) -> ir.Model:
     for rewrite in (FuseRotary(), FuseAttention(FLOATS)):
         rewrite(model)
     return model
+
+
+def test_rotation_of_whole_heads_is_left_to_attention(llama_rewritten: Rewritten) -> None:
+    """Queries and keys are turned where they are read, by the angles that they share."""
+    model = fused(llama_rewritten.w4a8)
+    rewrite = CacheInPlace()
+    assert rewrite(model).modified
+    assert {len(node.inputs) for node in model.graph if node.op_type == CACHED_ATTENTION} == {8}
+    assert not [node for node in model.graph if node.op_type == "RotaryEmbedding"]
+
+
+@pytest.mark.parametrize("attribute", ["interleaved", "rotary_embedding_dim"])
+def test_other_rotations_stay(llama_rewritten: Rewritten, attribute: str) -> None:
+    """Neighbours in pairs, or a part of a head: the operator knows neither, and gets what is turned already."""
+    model = fused(llama_rewritten.w4a8)
+    rotations = [node for node in model.graph if node.op_type == "RotaryEmbedding"]
+    rotations[0].attributes[attribute] = ir.AttrInt64(attribute, 1)
+    rewrite = CacheInPlace()
+    assert rewrite(model).modified
+    inputs = sorted(len(node.inputs) for node in model.graph if node.op_type == CACHED_ATTENTION)
+    assert inputs[0] == 6
+    assert len([node for node in model.graph if node.op_type == "RotaryEmbedding"]) == 2 * inputs.count(6)
+
+
+def test_heads_of_another_size_are_left_alone(llama_rewritten: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the kernel took 32 channels at once: these heads have 16."""
+    monkeypatch.setattr("fptq_export.rewrite.cache_in_place._PANEL", 32)
+    rewrite = CacheInPlace()
+    assert not rewrite(fused(llama_rewritten.w4a8)).modified
+    assert "its heads have 16 channels" in next(iter(rewrite.left_alone.values()))
 
 
 def test_another_mask_is_left_alone(llama_rewritten: Rewritten) -> None:
