@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from calib.weights.coordinate_descent import refined
+from calib.weights.coordinate_descent import quantize_gptq_cd, refined
 from calib.weights.gptq import gptq_codes, hessian_of
 from calib.weights.grid import IntegerGrid
 from calib.weights.problem import QuantizedWeight, WeightProblem
-from calib.weights.scales import SMALLEST_SCALE, codes_from_scale, group_weight, searched_scale
+from calib.weights.scales import SMALLEST_SCALE, codes_from_scale, group_weight
 
 __all__ = ["HIGHEST_INTEGER", "quantize_two_level"]
 
@@ -29,20 +29,20 @@ _INTEGERS_OF_LARGEST = (15, 14, 13, 12, 11, 10, 9, 8, 7, 6)
 
 
 def quantize_two_level(problem: WeightProblem) -> QuantizedWeight:
-    """`gptq` and coordinate descent with two-level scales.
+    """`gptq` and coordinate descent with the two-level scales nearest to those that `gptq+cd` finds without a grid.
 
     Raises:
         ValueError: As `quantize_gptq`.
     """
     groups = group_weight(problem.weight, problem.group_size)
     importance = hessian_of(problem).diagonal().reshape(-1, problem.group_size)
-    wanted = searched_scale(groups, importance, signed=problem.signed_scales)
-    grid = _searched_grid(groups, wanted.to(torch.float32), importance, signed=problem.signed_scales)
-    nearest = grid.nearest(wanted.to(torch.float32).T, slice(None)).T.to(torch.float16)
+    free = quantize_gptq_cd(problem)
+    grid = _searched_grid(groups, free.scales.to(torch.float32), importance, signed=problem.signed_scales)
+    nearest = grid.nearest(free.scales.to(torch.float32).T, slice(None)).T.to(torch.float16)
     # A channel with a scale beyond float16 has no grid: it keeps that scale, for the caller to refuse.
-    scales = torch.where(wanted.isfinite().all(dim=1, keepdim=True), nearest, wanted)
+    scales = torch.where(free.scales.isfinite().all(dim=1, keepdim=True), nearest, free.scales)
     rounded = codes_from_scale(groups, scales).to(torch.int8).reshape(problem.weight.shape)
-    starts = [QuantizedWeight(codes, scales) for codes in (gptq_codes(problem, scales), rounded)]
+    starts = [QuantizedWeight(codes, scales) for codes in (gptq_codes(problem, scales), free.codes, rounded)]
     return refined(problem, starts, grid)
 
 
