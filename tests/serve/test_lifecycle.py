@@ -77,12 +77,13 @@ def test_stream_that_nobody_began_to_read_is_cancelled(session: Session) -> None
 def test_client_that_leaves_the_queue_keeps_nobody_out(session: Session) -> None:
     """A text that waits for nobody leaves the queue while another one runs."""
     slow, held = held_session(session)
+    body: dict[str, Any] = {**LONG, "prompt": "a", "max_tokens": 1}
     with serving(slow, max_active=1, max_queue=1) as server:
-        first = server.openai.completions.create(model=NAME, prompt="a", max_tokens=1, stream=True)
+        first = server.openai.completions.create(stream=True, **body)
         until(lambda: held.calls == 1)
         leave_an_answer(server)
         until(lambda: server.metric("fptq_num_requests_waiting") == 0.0)
-        last = server.openai.completions.create(model=NAME, prompt="a", max_tokens=1, stream=True)
+        last = server.openai.completions.create(stream=True, **body)
         held.free.set()
         assert [chunk.choices[0].finish_reason for stream in (first, last) for chunk in stream] == ["length"] * 2
         assert held.calls == 2
@@ -91,7 +92,7 @@ def test_client_that_leaves_the_queue_keeps_nobody_out(session: Session) -> None
 def test_draining_server_finishes_and_takes_no_more(session: Session) -> None:
     """After the signal: not ready but alive, new requests are sent elsewhere, the running ones end as they would."""
     slow, held = held_session(session)
-    body: dict[str, Any] = {"model": NAME, "prompt": "a", "max_tokens": 4}
+    body: dict[str, Any] = {**LONG, "prompt": "a", "max_tokens": 4}
     with serving(slow) as server, ThreadPoolExecutor(1) as pool:
         assert server.http.get("/ready").status_code == 200
         stream = server.openai.completions.create(stream=True, **body)
