@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from fptq_export.cpu.cached_attention import KEY_PANEL, MAX_HEAD_SIZE
 from fptq_export.rewrite.initializers import constant_initializer
 from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN
 from fptq_export.rewrite.matching import only_reader, producer, sizes
@@ -16,9 +17,6 @@ from fptq_export.rewrite.matching import only_reader, producer, sizes
 __all__ = ["CACHED_ATTENTION", "CacheInPlace"]
 
 CACHED_ATTENTION = "FptqCachedAttention"
-_PANEL = 16
-_MOST_CHANNELS = 256
-"""A head of the kernel has a multiple of the first, up to the second: `FPTQ_CPU_PANEL`, `FPTQ_CPU_MAX_HEAD_SIZE`."""
 _OTHER_ROTATIONS = ("interleaved", "rotary_embedding_dim")
 _TOKENS_FIRST = (0, 2, 1, 3)
 _COMPARISONS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"})
@@ -119,8 +117,8 @@ def _match(node: ir.Node) -> _Cached:
     if sizes(past_value, 4)[3] != sizes(past_key, 4)[3]:
         raise _LeftAloneError("its values have other channels than its keys")
     channels = sizes(past_key, 4)[3] or 0
-    if not 0 < channels <= _MOST_CHANNELS or channels % _PANEL:
-        raise _LeftAloneError(f"its heads have {channels} channels: no multiple of {_PANEL} up to {_MOST_CHANNELS}")
+    if not 0 < channels <= MAX_HEAD_SIZE or channels % KEY_PANEL:
+        raise _LeftAloneError(f"its heads have {channels} channels: no multiple of {KEY_PANEL} up to {MAX_HEAD_SIZE}")
     _check_mask(mask)
     return _Cached(node, query, new_key, new_value, past_key, past_value, heads, kv_heads, scale)
 

@@ -41,7 +41,7 @@ class CpuForm:
     graph: bytes
     """Protobuf; weights that stay as they are lie beside the portable graph."""
     lowered: Mapping[str, str]
-    """Torch path -> operator that runs it."""
+    """Torch path -> operator that runs it; `FusePrologue` may have put a norm or a gate before it."""
     left_alone: Mapping[str, str]
     """Torch path or attention -> why it runs as in the portable graph."""
     cache_in_place: bool

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from fptq_export.cpu.cached_attention import KEY_PANEL
 from fptq_export.errors import UserError
 from fptq_export.range_outputs import COLUMNS, OUTPUT_NAME
 from fptq_export.verify.causal_inputs import PAST, feed_from_ids
@@ -20,9 +21,7 @@ from fptq_export.verify.sessions import ORT_ERRORS, OrtForm, first_line, session
 __all__ = ["InPlaceCache", "InPlaceCausalSession"]
 
 _LEAST_SLOTS = 256
-"""Of a cache, a multiple of `_PANEL`; it doubles where they are used up."""
-_PANEL = 16
-"""Tokens of keys that lie side by side: `FPTQ_CPU_PANEL`."""
+"""Of a cache, a multiple of `KEY_PANEL`; it doubles where they are used up."""
 _RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError)
 """A run with bound values raises the second."""
 _PAST, _PRESENT = "past_key_values", "present"
@@ -139,7 +138,7 @@ class InPlaceCausalSession:
         """The first tokens of a buffer in another one with enough slots."""
         batch = next(iter(buffer.values.values())).shape()[0]
         copy = self._new_buffer(batch, needed)
-        whole = -(-length // _PANEL) * _PANEL
+        whole = -(-length // KEY_PANEL) * KEY_PANEL
         for name, value in buffer.values.items():
             array_from_ort_value(copy.values[name])[:, :, :whole] = array_from_ort_value(value)[:, :, :whole]
         copy.filled = length

@@ -46,7 +46,7 @@ class AttentionKernel {
       args.cosines = angles(context, 6, args);
       args.sines = angles(context, 7, args);
     }
-    args.y = static_cast<float*>(output(context, 0, q.dims));
+    args.y = static_cast<float*>(output(api_, context, 0, q.dims));
     args.keys = present(context, 1, keys);
     args.values = present(context, 2, values);
     Pool pool{api_, context};
@@ -58,14 +58,6 @@ class AttentionKernel {
  private:
   static constexpr size_t kInputs = 8;
 
-  void* output(OrtKernelContext* context, size_t index, const std::vector<int64_t>& dims) const {
-    OrtValue* value = nullptr;
-    void* data = nullptr;
-    check(api_.output(context, index, dims.data(), dims.size(), &value));
-    check(api_.mutable_data(value, &data));
-    return data;
-  }
-
   void read_sizes(const Tensor& q, const Tensor& keys, const Tensor& total, FptqCpuAttention& args) const {
     if (q.dims.size() != 3 || keys.dims.size() != 4 || q.dims[0] != keys.dims[0] ||
         keys.dims[1] != args.kv_heads || q.dims[2] != args.heads * keys.dims[3] ||
@@ -76,6 +68,13 @@ class AttentionKernel {
     args.tokens = static_cast<int32_t>(q.dims[1]);
     args.slots = static_cast<int32_t>(keys.dims[2]);
     args.size = static_cast<int32_t>(keys.dims[3]);
+    if (args.size % FPTQ_CPU_PANEL != 0 || args.size > FPTQ_CPU_MAX_HEAD_SIZE ||
+        args.slots % FPTQ_CPU_PANEL != 0) {
+      throw std::runtime_error("a head of " + std::to_string(args.size) + " channels, or a cache of " +
+                               std::to_string(args.slots) + " tokens: the kernel takes multiples of " +
+                               std::to_string(FPTQ_CPU_PANEL) + ", and heads of up to " +
+                               std::to_string(FPTQ_CPU_MAX_HEAD_SIZE) + " channels");
+    }
     args.past = *static_cast<const int32_t*>(total.data) - args.tokens;
     if (q.dims[1] > args.slots || args.past < 0 || args.past > args.slots - args.tokens) {
       throw std::runtime_error("the cache has no room for the tokens");
@@ -92,7 +91,7 @@ class AttentionKernel {
 
   // The cache after the call: the same memory as before it, where the caller has bound both to it.
   float* present(OrtKernelContext* context, size_t index, const Tensor& past) const {
-    auto* data = static_cast<float*>(output(context, index, past.dims));
+    auto* data = static_cast<float*>(output(api_, context, index, past.dims));
     if (data != past.data) {
       const int64_t count =
           std::accumulate(past.dims.begin(), past.dims.end(), int64_t{1}, std::multiplies<int64_t>());

@@ -7,8 +7,8 @@
 
 namespace fptq::ort {
 
-// What makes x of the node's first inputs. Each has kInputs and kOutputs, and `run`, which gives x [rows, k] in FP32; `x` is
-// memory for it.
+// What makes x of the node's first inputs. Each has kInputs and kOutputs, and `run`, which gives x [rows, k] in FP32; `memory` is
+// for it.
 struct NoPrologue {
   static constexpr size_t kInputs = 1, kOutputs = 0;
   NoPrologue(const Api&, const OrtKernelInfo*) {}
@@ -25,14 +25,14 @@ class SkipNorm {
     check(api.float_attribute(info, "epsilon", &epsilon_));
   }
   const float* run(const Rows& rows, OrtKernelContext* context, FptqCpuInstructionSet set, Pool& pool,
-                   AlignedBytes& x) const {
+                   AlignedBytes& memory) const {
     const int64_t k = rows.x.dims.back();
     const Tensor skip = input(api_, context, 1), gamma = input(api_, context, 2);
     if (skip.dims != rows.x.dims || gamma.dims != std::vector<int64_t>{k})
       throw std::runtime_error("x, skip and gamma do not fit");
     auto* sum = static_cast<float*>(rows.output(api_, context, 0, k));
-    x.reserve(static_cast<size_t>(rows.count * k) * sizeof(float));
-    auto* y = reinterpret_cast<float*>(x.data());
+    memory.reserve(static_cast<size_t>(rows.count * k) * sizeof(float));
+    auto* y = reinterpret_cast<float*>(memory.data());
     const FptqCpuSkipNorm args{rows.count,
                                static_cast<int32_t>(k),
                                static_cast<const float*>(rows.x.data),
@@ -57,12 +57,12 @@ class SwiGlu {
   static constexpr size_t kInputs = 2, kOutputs = 0;
   SwiGlu(const Api& api, const OrtKernelInfo*) : api_(api) {}
   const float* run(const Rows& rows, OrtKernelContext* context, FptqCpuInstructionSet set, Pool& pool,
-                   AlignedBytes& x) const {
+                   AlignedBytes& memory) const {
     const Tensor up = input(api_, context, 1);
     if (up.dims != rows.x.dims) throw std::runtime_error("gate and up do not fit");
     const int64_t k = rows.x.dims.back();
-    x.reserve(static_cast<size_t>(rows.count * k) * sizeof(float));
-    auto* y = reinterpret_cast<float*>(x.data());
+    memory.reserve(static_cast<size_t>(rows.count * k) * sizeof(float));
+    auto* y = reinterpret_cast<float*>(memory.data());
     const FptqCpuSwiGlu args{rows.count, static_cast<int32_t>(k), static_cast<const float*>(rows.x.data),
                              static_cast<const float*>(up.data), y};
     const FptqCpuPool c_pool = pool.c_pool();

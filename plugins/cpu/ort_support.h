@@ -120,7 +120,16 @@ inline Tensor input(const Api& api, OrtKernelContext* context, size_t index) {
   return Tensor(api, value);
 }
 
-// What every kernel does with its activation: [..., k] as rows, and outputs [..., n].
+inline void* output(const Api& api, OrtKernelContext* context, size_t index,
+                    const std::vector<int64_t>& dims) {
+  OrtValue* value = nullptr;
+  void* data = nullptr;
+  check(api.output(context, index, dims.data(), dims.size(), &value));
+  check(api.mutable_data(value, &data));
+  return data;
+}
+
+// What the linears do with their activation: [..., k] as rows, and outputs [..., n].
 struct Rows {
   Tensor x;
   int32_t count = 1;
@@ -138,11 +147,7 @@ struct Rows {
   void* output(const Api& api, OrtKernelContext* context, size_t index, int64_t n) const {
     std::vector<int64_t> dims = x.dims;
     dims.back() = n;
-    OrtValue* value = nullptr;
-    void* data = nullptr;
-    check(api.output(context, index, dims.data(), dims.size(), &value));
-    check(api.mutable_data(value, &data));
-    return data;
+    return ort::output(api, context, index, dims);
   }
 };
 

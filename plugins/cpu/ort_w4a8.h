@@ -81,8 +81,9 @@ class W4A8Kernel {
   void compute(OrtKernelContext* context) const {
     const Rows rows(api_, context, problem_.k);
     Pool pool{api_, context};
-    thread_local AlignedBytes x, workspace;  // one call at a time on a thread, and none is inside two kernels
-    const float* made = prologue_.run(rows, context, instruction_set_, pool, x);
+    thread_local AlignedBytes x_memory,
+        workspace;  // one call at a time on a thread, and none is inside two kernels
+    const float* x = prologue_.run(rows, context, instruction_set_, pool, x_memory);
     std::vector<FptqCpuPart> parts;
     for (const Weight& weight : weights_) {
       void* y = rows.output(api_, context, Prologue::kOutputs + parts.size(), weight.n);
@@ -92,7 +93,7 @@ class W4A8Kernel {
     FptqCpuProblem problem = problem_;
     problem.m = rows.count;
     workspace.reserve(fptqCpuWorkspaceBytes(&problem));
-    const FptqCpuArgs args{.x = made,
+    const FptqCpuArgs args{.x = x,
                            .x_scale = x_scale_,
                            .packed_codes = nullptr,
                            .packed_scales = nullptr,

@@ -186,7 +186,7 @@ def test_other_rotations_stay(llama_rewritten: Rewritten, attribute: str) -> Non
 
 def test_heads_of_another_size_are_left_alone(llama_rewritten: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the kernel took 32 channels at once: these heads have 16."""
-    monkeypatch.setattr("fptq_export.rewrite.cache_in_place._PANEL", 32)
+    monkeypatch.setattr("fptq_export.rewrite.cache_in_place.KEY_PANEL", 32)
     rewrite = CacheInPlace()
     assert not rewrite(fused(llama_rewritten.w4a8)).modified
     assert "its heads have 16 channels" in next(iter(rewrite.left_alone.values()))
