@@ -15,6 +15,11 @@ FP16_UNIT_ROUNDOFF = 2.0**-11
 FP16_HALF_STEP = 2.0**-25
 """Half the distance of FP16 numbers near zero: the rounding error of a result that is not normal."""
 
+EXP_ROUNDINGS = 5
+"""Of e^x in the kernels, in units of 2^-24 of it. With |r| <= 0.35, e^r is between 0.70 and 1.42; its power of two is
+exact. Seven fused multiply-adds round once each, and the next one takes |r| of that: 1.42 / (1 - 0.35) = 2.2, or 3.1 of
+the smallest. The two roundings of r and ln 2 in two parts give 2 x 0.35 and 0.1, the series cut off 2^-3 / 0.7."""
+
 
 @dataclass(frozen=True)
 class Case:

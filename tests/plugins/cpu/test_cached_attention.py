@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from fptq_export.cpu import InstructionSet
-from fptq_export.cpu.build import operators_path
+from fptq_export.cpu.cached_attention import KEY_PANEL, MAX_HEAD_SIZE
 from fptq_export.rewrite.cache_in_place import CACHED_ATTENTION
 from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN
 from fptq_export.verify.ort_values import array_from_ort_value
-from tests.support.w4a8_cases import FP32_UNIT_ROUNDOFF, assert_same_bits, assert_within
+from tests.support.ort_operators import session_of as operator_session
+from tests.support.w4a8_cases import EXP_ROUNDINGS, FP32_UNIT_ROUNDOFF, assert_same_bits, assert_within
 
 Arrays = dict[str, NDArray[Any]]
-EXP_ROUNDINGS = 16
-"""Of e^x in FP32: a Taylor series of eight terms, each rounded once, its argument and its last product; generously."""
+HEADER = Path(__file__).parents[3] / "plugins/cpu/attention_cpu.h"
 ROTATION_ROUNDINGS = 4
 """Of a rotated and scaled number: two products, a sum, a product."""
 
@@ -47,7 +48,7 @@ class Sizes:
     @property
     def slots(self) -> int:
         """Of the cache."""
-        return -(-self.total // 16) * 16 + 16
+        return -(-self.total // KEY_PANEL) * KEY_PANEL + KEY_PANEL
 
 
 CASES = (
@@ -75,19 +76,11 @@ def numbers(sizes: Sizes, seed: int = 0) -> Arrays:
 def session_of(sizes: Sizes, threads: int = 1, **changes: Any) -> onnxruntime.InferenceSession:
     """One node; `changes`: attributes of it."""
     names = ["q", "k", "v", "past_key", "past_value", "total", *(["cosines", "sines"] if sizes.rotates else [])]
-    inputs = [
-        helper.make_tensor_value_info(n, TensorProto.INT32 if n == "total" else TensorProto.FLOAT, None) for n in names
-    ]
-    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "present_key", "present_value")]
     attributes = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads, "scale": sizes.size**-0.5, **changes}
-    node = helper.make_node(CACHED_ATTENTION, names, [value.name for value in outputs], domain=CPU_DOMAIN, **attributes)
-    graph = helper.make_graph([node], "test", inputs, outputs)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CPU_DOMAIN, 1)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    options.register_custom_ops_library(str(operators_path()))
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    outputs = ["y", "present_key", "present_value"]
+    node = helper.make_node(CACHED_ATTENTION, names, outputs, domain=CPU_DOMAIN, **attributes)
+    types = {name: TensorProto.INT32 if name == "total" else TensorProto.FLOAT for name in names[1:]}
+    return operator_session(node, {}, None, threads, **types)
 
 
 def empty_cache(sizes: Sizes) -> Arrays:
@@ -166,6 +159,25 @@ def test_attention_is_within_the_roundings_of_fp32(
     assert_within(y, expected, bound)
 
 
+def test_exponentials_are_as_exact_as_their_bound_says(
+    instruction_set: InstructionSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores without a rounding, d and 0, and values 1 and 0: the weight e^d / (1 + e^d) is seen as it is.
+
+    Its parts above and below are exponentials; a sum, a product with 1 and a quotient round once each at most.
+    """
+    monkeypatch.setenv("FPTQ_CPU_INSTRUCTION_SET", instruction_set.value)
+    d = -np.linspace(0.0, 80.0, 4001, dtype=np.float32)
+    sizes = Sizes(len(d), 2, 1, 1, KEY_PANEL, 0, rotates=False)
+    given = {name: np.zeros((len(d), 2, KEY_PANEL), np.float32) for name in ("q", "k", "v")}
+    given["q"][:, 1, 0] = given["v"][:, 0, 0] = 1.0
+    given["k"][:, 0, 0] = d
+    y, _ = run(session_of(sizes, scale=1.0), sizes, given, empty_cache(sizes), 0, 2)
+    power = np.exp(d.astype(np.float64))
+    weight = power / (1 + power)
+    assert_within(y[:, 1, 0], weight, (2 * EXP_ROUNDINGS + 3) * FP32_UNIT_ROUNDOFF * weight)
+
+
 @pytest.mark.parametrize("sizes", CASES, ids=str)
 def test_row_does_not_depend_on_the_others(sizes: Sizes) -> None:
     """A token alone has the bits that it has in a prompt, on one thread and on two."""
@@ -206,7 +218,7 @@ def test_cache_is_written_in_place_where_both_are_one() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"kv_num_heads": 3}, "no multiple|not a multiple"), ({"num_heads": 0}, "not a multiple")],
+    [({"kv_num_heads": 3}, "not a multiple"), ({"num_heads": 0}, "not a multiple")],
     ids=["heads", "no_head"],
 )
 def test_heads_that_do_not_fit_are_refused(changes: dict[str, int], reason: str) -> None:
@@ -235,12 +247,20 @@ def test_shapes_that_do_not_fit_are_refused(name: str, array: NDArray[Any], reas
         session_of(sizes).run(None, feed)
 
 
-def test_head_that_is_no_multiple_of_16_is_refused() -> None:
-    """The rewrite leaves such models alone."""
-    sizes = Sizes(1, 1, 2, 1, 24, 0)
+@pytest.mark.parametrize("size", [24, MAX_HEAD_SIZE + KEY_PANEL])
+def test_head_of_another_size_is_refused(size: int) -> None:
+    """With the size and those that are taken; the rewrite leaves such models alone."""
+    sizes = Sizes(1, 1, 2, 1, size, 0)
     feed = {**numbers(sizes), **empty_cache(sizes), "total": np.array(1, np.int32)}
-    with pytest.raises(Exception, match="status"):  # ONNX Runtime's errors share no base class
+    with pytest.raises(Exception, match=f"a head of {size} channels.*multiples of 16.*up to 256"):  # as above
         session_of(sizes).run(None, feed)
+
+
+def test_sizes_are_those_of_the_kernel() -> None:
+    """Rewrites and sessions would lay a cache out otherwise than the kernel reads it."""
+    header = HEADER.read_text(encoding="utf-8")
+    defined = dict(re.findall(r"#define (FPTQ_CPU_\w+) (\d+)", header))
+    assert defined == {"FPTQ_CPU_PANEL": str(KEY_PANEL), "FPTQ_CPU_MAX_HEAD_SIZE": str(MAX_HEAD_SIZE)}
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

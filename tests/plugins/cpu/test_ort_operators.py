@@ -6,47 +6,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from fptq_export import cpu
 from fptq_export.cpu import packed_weight_from_codes
-from fptq_export.cpu.build import operators_path
-from fptq_export.packing import packed_from_int4
 from fptq_export.rewrite.functions import W4A8_PER_TOKEN, W4A8_STATIC
 from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN, HALF_LINEAR
-from tests.support.w4a8_cases import FP32_UNIT_ROUNDOFF, Case, assert_same_bits, assert_within, make_case
+from tests.support.ort_operators import Initializers, initializers, session_of
+from tests.support.w4a8_cases import FP32_UNIT_ROUNDOFF, assert_same_bits, assert_within, make_case
 
 X_SCALE = 0.05
-Initializers = dict[str, TensorProto]
-
-
-def initializers(case: Case, name: str) -> Initializers:
-    """Codes and scales of a weight in ONNX order."""
-    codes = case.w_codes.T
-    packed = packed_from_int4(codes.reshape(-1)).tobytes()
-    tensor = TensorProto(name=f"{name}_codes", data_type=TensorProto.INT4, dims=codes.shape, raw_data=packed)
-    scales = numpy_helper.from_array(np.ascontiguousarray(case.w_scale.T), f"{name}_scales")
-    return {tensor.name: tensor, scales.name: scales}
-
-
-def session_of(
-    node: onnx.NodeProto, constants: Initializers, shape: list[Any], threads: int = 1, **inputs: int
-) -> onnxruntime.InferenceSession:
-    """One node; `inputs`: what else the caller gives -> its type."""
-    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
-    given += [helper.make_tensor_value_info(name, dtype, None) for name, dtype in inputs.items()]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
-    graph = helper.make_graph([node], "test", given, outputs, list(constants.values()))
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CPU_DOMAIN, 1)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(operators_path()))
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def w4a8_node(x_scale: float | None, weights: list[str], group_size: int) -> tuple[onnx.NodeProto, Initializers]:
