@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from fptq_export.cpu import InstructionSet, available_instruction_sets
 from tests.support.cpu_kernels import built_cpu_kernels
+from tests.support.emulated_avx512 import emulated_avx512
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,10 +18,14 @@ def built_extension() -> None:
 
 
 @pytest.fixture(params=list(InstructionSet), ids=lambda item: item.value)
-def instruction_set(built_extension: None, request: pytest.FixtureRequest) -> InstructionSet:
-    """Each instruction set in turn; skip what this machine does not run."""
+def instruction_set(built_extension: None, request: pytest.FixtureRequest) -> Iterator[InstructionSet]:
+    """Each instruction set in turn; AVX-512 emulated where this machine lacks it. Skip others that it does not run."""
     chosen = request.param
     assert isinstance(chosen, InstructionSet)
-    if chosen not in available_instruction_sets():
+    if chosen in available_instruction_sets():
+        yield chosen
+    elif chosen is InstructionSet.AVX512_VNNI and InstructionSet.AVX2 in available_instruction_sets():
+        with emulated_avx512():
+            yield chosen
+    else:
         pytest.skip(f"this machine does not run {chosen.value}")
-    return chosen

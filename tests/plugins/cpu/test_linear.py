@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fptq_export import cpu
-from fptq_export.cpu import InstructionSet, PackedWeight, available_instruction_sets, packed_weight_from_codes
+from fptq_export.cpu import InstructionSet, PackedWeight, packed_weight_from_codes
 from tests.support.w4a8_cases import Case, assert_same_bits, assert_within, make_case
 
 SHAPES = [
@@ -52,15 +52,15 @@ def test_bound_is_tight_enough_to_see_one_wrong_code() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_instruction_sets_give_the_same_bits(shape: tuple[int, int, int, int]) -> None:
+def test_instruction_sets_give_the_same_bits(instruction_set: InstructionSet, shape: tuple[int, int, int, int]) -> None:
     """One order of sums, one rounding a group: AVX-512, AVX2 and plain C++ cannot be told apart."""
     case = make_case(*shape)
     weight = packed(case)
-    first, *others = (
-        cpu.w4a8_linear(case.x, weight, None, case.bias, instruction_set=item) for item in available_instruction_sets()
+    y, expected = (
+        cpu.w4a8_linear(case.x, weight, None, case.bias, instruction_set=item)
+        for item in (instruction_set, InstructionSet.SCALAR)
     )
-    for other in others:
-        assert_same_bits(other, first, "output")
+    assert_same_bits(y, expected, "output")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 130])
