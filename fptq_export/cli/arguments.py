@@ -14,6 +14,7 @@ from fptq_export.cli.doctor_arguments import DOCTOR
 from fptq_export.cli.eval_arguments import EVAL
 from fptq_export.cli.inspect_arguments import INSPECT
 from fptq_export.cli.monitor_arguments import MONITOR
+from fptq_export.cli.presets import values_of_preset
 from fptq_export.cli.report_arguments import REPORT
 from fptq_export.cli.road_arguments import DIRECTORY_VERBS, add_road_options
 from fptq_export.cli.serve_arguments import SERVE
@@ -45,6 +46,7 @@ _EXAMPLES = """\
 examples:
   fptq-export ./SmolLM2-135M --engine smollm2.plan
   fptq-export model.gguf -o run/ --engine out.plan --max-ppl-increase 20%
+  fptq-export MODEL -o run/ --engine out.plan --preset accurate            more accurate, slower to make
   fptq-export MODEL -o run/ --target onnx --calib-dataset prompts.jsonl
   fptq-export MODEL -o run/ --precision 'down_proj$=w8a8' 'layers\\.0\\.=w4a16'
   fptq-export esm2/ --calib-dataset proteins.fasta --eval-text held-out.fasta --min-cosine 0.97
@@ -131,15 +133,18 @@ def verb_and_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 def options_from_namespace(verb: str, given: Mapping[str, Any]) -> RunOptions:
     """Check the options of a command line.
 
-    Verbs that take a run directory continue with the options in its manifest; what is given wins.
+    Verbs that take a run directory continue with the options in its manifest, others with those of `--preset`; what is
+    given wins.
 
     Raises:
-        UserError: The model, or the run directory, is missing.
+        UserError: The model, or the run directory, is missing; or there is no such preset.
         UserErrors: Every option with a value it does not take.
     """
     values = {name: value for name, value in given.items() if name in RunOptions.model_fields}
     if verb in DIRECTORY_VERBS:
         values = {**_options_of_earlier_run(verb, values), **values}
+    if "preset" in given:
+        values = {**values_of_preset(given["preset"]), **values}
     if "model" not in values:
         raise UserError("MODEL", "is missing", f"fptq-export {verb} MODEL -o DIR")
     values.setdefault("output", Path(f"{Path(values['model']).stem}-w4a8"))

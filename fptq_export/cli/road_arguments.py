@@ -21,6 +21,12 @@ def add_road_options(parser: argparse.ArgumentParser, verb: str) -> None:
         )
         parser.add_argument("-m", "--model", dest="model", metavar="MODEL", help="the same")
         parser.add_argument("-o", "--output", metavar="DIR", help="directory for every file [NAME-w4a8]")
+        parser.add_argument(
+            "--preset",
+            metavar="NAME",
+            help="paper; balanced: better INT4 weights for more calibration time; or accurate: also one scale a token"
+            " and groups of 64; options that are given win [paper]",
+        )
     _add_model_options(parser)
     _add_graph_options(parser)
     _add_calibration_options(parser)

@@ -17,7 +17,7 @@ from fptq_export.pipeline.run_directory import RunDirectory
 from fptq_export.tasks import is_half
 from fptq_export.verify.encoder_report import EncoderReport, report_from_file
 from fptq_export.verify.graph_report import GraphReport, OutputFigures
-from fptq_export.verify.report import VerifyReport
+from fptq_export.verify.report import LARGE_INCREASE, VerifyReport
 
 __all__ = ["accuracy_rows", "engine_rows", "policy_rows", "print_summary"]
 
@@ -30,6 +30,8 @@ def print_summary(manifest: Manifest, console: Console) -> None:
     for table in (_result_table(manifest), _stage_table(manifest)):
         if table.row_count:
             console.print(table)
+    if (hint := _accuracy_hint(manifest)) is not None:
+        console.print(hint)
     engine = manifest.options.engine
     console.print(f"files: {manifest.options.output}" + (f"   engine: {engine}" if "build" in manifest.stages else ""))
 
@@ -122,6 +124,18 @@ def _size_rows(manifest: Manifest) -> list[tuple[str, str]]:
 def _accuracy_rows(manifest: Manifest) -> list[tuple[str, str]]:
     path = RunDirectory(manifest.options.output).verify
     return accuracy_rows(report_from_file(path)) if "verify" in manifest.stages and path.is_file() else []
+
+
+def _accuracy_hint(manifest: Manifest) -> str | None:
+    """The way to better weights, for who took the paper's and lost much."""
+    path = RunDirectory(manifest.options.output).verify
+    if "verify" not in manifest.stages or manifest.options.weight_method != "rtn" or not path.is_file():
+        return None
+    report = report_from_file(path)
+    if not isinstance(report, VerifyReport) or report.perplexity_increase <= LARGE_INCREASE:
+        return None
+    increase = f"perplexity rose by {report.perplexity_increase:.1%}"
+    return f"{increase}; --preset balanced takes longer and makes better INT4 weights"
 
 
 def accuracy_rows(report: VerifyReport | EncoderReport | GraphReport) -> list[tuple[str, str]]:

@@ -13,12 +13,10 @@ from fptq_export.report.layers import LayerFigures
 from fptq_export.report.numbers import plural
 from fptq_export.verify.encoder_report import EncoderReport
 from fptq_export.verify.graph_report import GraphReport
-from fptq_export.verify.report import VerifyReport
+from fptq_export.verify.report import LARGE_INCREASE, VerifyReport
 
-__all__ = ["FEW_STEPS", "LARGE_INCREASE", "remarks", "remarks_section"]
+__all__ = ["FEW_STEPS", "remarks", "remarks_section"]
 
-LARGE_INCREASE = 0.05
-"""Relative increase of perplexity that is named."""
 LOW_COSINE = 0.97
 """Mean cosine of embeddings, or cosine of an output, below which it is named."""
 FEW_TOKENS = 8192
@@ -127,7 +125,7 @@ def _accuracy_remarks(documents: RunDocuments) -> Iterator[Note]:
         if report.perplexity_increase > LARGE_INCREASE:
             words = (
                 f"Perplexity rose by {report.perplexity_increase:.1%}, more than {LARGE_INCREASE:.0%}. Next:"
-                " --weight-method gptq, --policy auto, --rotate, or layers in float with --exclude"
+                " --preset accurate, --policy auto, --rotate, or layers in float with --exclude"
             )
             yield Note("warning", words)
         if not report.cache.within_bound:
@@ -137,7 +135,7 @@ def _accuracy_remarks(documents: RunDocuments) -> Iterator[Note]:
             yield Note("note", f"{words}. More: {documents.command('eval', '--eval-windows', '0')}")
     if isinstance(report, EncoderReport) and report.embeddings.mean < LOW_COSINE:
         words = f"Embeddings have a mean cosine of {report.embeddings.mean:.4f} with those of the original model"
-        yield Note("warning", f"{words}, less than {LOW_COSINE}. Next: --weight-method gptq or smaller groups")
+        yield Note("warning", f"{words}, less than {LOW_COSINE}. Next: --preset accurate or smaller groups")
     if isinstance(report, GraphReport):
         low = [found.name for found in report.outputs if found.cosine is not None and found.cosine < LOW_COSINE]
         if low:

@@ -90,5 +90,5 @@ def gate_cosine(report: EncoderReport, min_cosine: float | None) -> None:
     raise GateError(
         f"{report.candidate}: embeddings have a mean cosine of {report.embeddings.mean:.4f} with those of "
         f"{report.reference} ({report.embeddings.vectors} texts); the limit is {min_cosine:.4f}"
-        f"\n  -> use --weight-method gptq or smaller groups, keep layers in float with --exclude, or lower --min-cosine"
+        f"\n  -> use --preset accurate or smaller groups, keep layers in float with --exclude, or lower --min-cosine"
     )

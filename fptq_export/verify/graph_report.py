@@ -64,6 +64,6 @@ def gate_outputs(report: GraphReport, min_cosine: float | None) -> None:
         named = ", ".join(f"{found.name!r} {found.cosine:.4f}" for found in low)
         raise GateError(
             f"{report.candidate}: cosine with {report.reference} on {report.data}: {named}; the limit is "
-            f"{min_cosine:.4f}\n  -> use --weight-method gptq or smaller groups, keep layers in float with --exclude, "
+            f"{min_cosine:.4f}\n  -> use --preset accurate or smaller groups, keep layers in float with --exclude, "
             "or lower --min-cosine"
         )

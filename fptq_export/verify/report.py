@@ -12,6 +12,7 @@ from fptq_export.errors import GateError, UserError
 from fptq_export.verify.perplexity import PerplexityFigures
 
 __all__ = [
+    "LARGE_INCREASE",
     "VERIFY_SCHEMA_VERSION",
     "CacheFigures",
     "DecodeFigures",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 VERIFY_SCHEMA_VERSION: Literal[1] = 1
+LARGE_INCREASE = 0.05
+"""Relative increase of perplexity that is pointed out."""
 
 Rounding = Literal["fp32", "fp16", "bf16", "int8"]
 """The coarsest rounding on the way through a graph; `int8` when activations are quantized."""
@@ -175,7 +178,7 @@ def gate(report: VerifyReport, max_ppl_increase: float | None) -> None:
     raise GateError(
         f"{report.candidate}: perplexity {candidate:.6g} is {report.perplexity_increase:+.3%} from the "
         f"{reference:.6g} of {report.reference}; the limit is {max_ppl_increase:+.3%}"
-        f"\n  -> look at verify.json, keep more layers in float with --exclude, or raise --max-ppl-increase"
+        "\n  -> use --preset balanced, keep more layers in float with --exclude, or raise --max-ppl-increase"
     )
 
 
