@@ -29,3 +29,9 @@ def instruction_set(built_extension: None, request: pytest.FixtureRequest) -> It
             yield chosen
     else:
         pytest.skip(f"this machine does not run {chosen.value}")
+
+
+@pytest.fixture
+def operators_instruction_set(instruction_set: InstructionSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each instruction set in turn, in the operators of sessions that the test opens."""
+    monkeypatch.setenv("FPTQ_CPU_INSTRUCTION_SET", instruction_set.value)

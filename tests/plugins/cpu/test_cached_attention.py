@@ -14,7 +14,6 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from fptq_export.cpu import InstructionSet
 from fptq_export.cpu.cached_attention import KEY_PANEL, MAX_HEAD_SIZE
 from fptq_export.rewrite.cache_in_place import CACHED_ATTENTION
 from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN
@@ -145,11 +144,9 @@ def exact(sizes: Sizes, given: Arrays) -> tuple[NDArray[np.float64], NDArray[np.
 
 
 @pytest.mark.parametrize("sizes", CASES, ids=str)
-def test_attention_is_within_the_roundings_of_fp32(
-    sizes: Sizes, instruction_set: InstructionSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("operators_instruction_set")
+def test_attention_is_within_the_roundings_of_fp32(sizes: Sizes) -> None:
     """Behind a cache that was filled by another call, several texts at once, on every instruction set."""
-    monkeypatch.setenv("FPTQ_CPU_INSTRUCTION_SET", instruction_set.value)
     given, session = numbers(sizes), session_of(sizes)
     cache = empty_cache(sizes)
     if sizes.past:
@@ -159,14 +156,12 @@ def test_attention_is_within_the_roundings_of_fp32(
     assert_within(y, expected, bound)
 
 
-def test_exponentials_are_as_exact_as_their_bound_says(
-    instruction_set: InstructionSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("operators_instruction_set")
+def test_exponentials_are_as_exact_as_their_bound_says() -> None:
     """Scores without a rounding, d and 0, and values 1 and 0: the weight e^d / (1 + e^d) is seen as it is.
 
     Its parts above and below are exponentials; a sum, a product with 1 and a quotient round once each at most.
     """
-    monkeypatch.setenv("FPTQ_CPU_INSTRUCTION_SET", instruction_set.value)
     d = -np.linspace(0.0, 80.0, 4001, dtype=np.float32)
     sizes = Sizes(len(d), 2, 1, 1, KEY_PANEL, 0, rotates=False)
     given = {name: np.zeros((len(d), 2, KEY_PANEL), np.float32) for name in ("q", "k", "v")}
@@ -179,6 +174,7 @@ def test_exponentials_are_as_exact_as_their_bound_says(
 
 
 @pytest.mark.parametrize("sizes", CASES, ids=str)
+@pytest.mark.usefixtures("operators_instruction_set")
 def test_row_does_not_depend_on_the_others(sizes: Sizes) -> None:
     """A token alone has the bits that it has in a prompt, on one thread and on two."""
     given = numbers(sizes)

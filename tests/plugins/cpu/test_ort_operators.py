@@ -31,6 +31,7 @@ def w4a8_node(x_scale: float | None, weights: list[str], group_size: int) -> tup
 
 @pytest.mark.parametrize("x_scale", [None, X_SCALE])
 @pytest.mark.parametrize("shape", [(1, 33, 576, 64), (5, 64, 128, 128), (40, 70, 96, 96), (3, 31, 64, 16)], ids=str)
+@pytest.mark.usefixtures("operators_instruction_set")
 def test_every_weight_gets_the_bits_of_the_kernel(shape: tuple[int, int, int, int], x_scale: float | None) -> None:
     """A node with three weights of other widths: each output is that of the kernel alone, on one thread and two."""
     tokens, out, channels, group_size = shape
@@ -69,6 +70,7 @@ def half_linear(weight: NDArray[np.float16], x: NDArray[np.float32], threads: in
 
 
 @pytest.mark.parametrize(("tokens", "out", "channels"), [(1, 33, 576), (6, 70, 100), (2, 5, 3)])
+@pytest.mark.usefixtures("operators_instruction_set")
 def test_head_is_within_the_roundings_of_fp32(tokens: int, out: int, channels: int) -> None:
     """A sum of k products in any order is off by up to k u / (1 - k u) of its magnitudes (Higham, lemma 3.1)."""
     rng = np.random.default_rng(channels)
@@ -79,6 +81,7 @@ def test_head_is_within_the_roundings_of_fp32(tokens: int, out: int, channels: i
     assert_within(half_linear(weight, x), exact, share * (np.abs(x) @ np.abs(weight.astype(np.float64)).T))
 
 
+@pytest.mark.usefixtures("operators_instruction_set")
 def test_head_of_a_token_does_not_depend_on_the_others() -> None:
     """A row alone has the bits that it has in a batch, on one thread and on two."""
     rng = np.random.default_rng(0)

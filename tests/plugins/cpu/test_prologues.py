@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from fptq_export import cpu
-from fptq_export.cpu import InstructionSet, packed_weight_from_codes
+from fptq_export.cpu import packed_weight_from_codes
 from fptq_export.rewrite.functions import W4A8_PER_TOKEN, W4A8_STATIC
 from fptq_export.rewrite.fuse_prologue import SKIP_NORM, SWI_GLU
 from fptq_export.rewrite.lower_to_cpu import CPU_DOMAIN
@@ -87,11 +87,9 @@ def exact(prologue: str, given: dict[str, NDArray[np.float32]]) -> tuple[NDArray
 
 @pytest.mark.parametrize("prologue", [SKIP_NORM, SWI_GLU])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 96), (40, 32)], ids=str)
-def test_what_is_quantized_is_within_the_roundings_of_fp32(
-    prologue: str, shape: tuple[int, int], instruction_set: InstructionSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("operators_instruction_set")
+def test_what_is_quantized_is_within_the_roundings_of_fp32(prologue: str, shape: tuple[int, int]) -> None:
     """Per token the largest of a row is not rounded to a code: it is seen as it is, the others to half a step."""
-    monkeypatch.setenv("FPTQ_CPU_INSTRUCTION_SET", instruction_set.value)
     given = inputs_of(prologue, *shape)
     y = run_node(prologue, None, echo_case(*shape), given)[-1]
     expected, share = exact(prologue, given)
@@ -113,6 +111,7 @@ def test_static_scale_is_read_behind_the_inputs_of_the_prologue(prologue: str) -
 
 
 @pytest.mark.parametrize("prologue", [SKIP_NORM, SWI_GLU])
+@pytest.mark.usefixtures("operators_instruction_set")
 def test_linear_has_the_bits_of_the_kernel_and_a_row_its_own(prologue: str) -> None:
     """The product is that of the kernel for the echoed activation; rows alone, and on two threads, are the same."""
     given = inputs_of(prologue, 40, 64)
