@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -24,9 +24,8 @@ PROMPT = "The licence of a program"
 TOKENS = 4
 IMPORTED_LATER = {"jinja2"}
 """Needed once a chat comes: the model of the test has no chat template."""
-_SERVE = f"""
+_ANSWER = f"""
 import json, sys
-import fptq_export.serve.app, fptq_export.serve.server
 from fptq_export.runtime import Sampling, Session
 with Session.open(sys.argv[1], backend="onnxruntime", threads=1) as session:
     completion = session.generate({PROMPT!r}, Sampling(max_tokens={TOKENS}, ignore_eos=True))
@@ -46,21 +45,35 @@ class Answer:
     """Modules and packages, top level."""
 
 
+Ask = Callable[[str, str], Answer]
+"""Image and program -> what its Python gives."""
+
+
 @pytest.fixture(scope="session")
-def answer(images: Mapping[str, Stage], base_image: Mapping[str, str], installed: Path, finished_run: Path) -> Answer:
-    """The Python of the CPU image answers from a run directory, with the packages that the image installs."""
-    stage = images["cpu"]
-    done = subprocess.run(
-        [f"{stage.variables['VENV']}/bin/python", "-c", _SERVE, str(finished_run / "run")],
-        env={**base_image, **stage.variables, "PYTHONPATH": str(installed)},
-        cwd=stage.root,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return Answer(**json.loads(done.stdout))
+def ask(images: Mapping[str, Stage], base_image: Mapping[str, str], installed: Path, finished_run: Path) -> Ask:
+    """The Python of an image answers from a run directory, with the packages that the image installs."""
+
+    def answer(image: str, program: str) -> Answer:
+        stage = images[image]
+        done = subprocess.run(
+            [f"{stage.variables['VENV']}/bin/python", "-c", program, str(finished_run / "run")],
+            env={**base_image, **stage.variables, "PYTHONPATH": str(installed)},
+            cwd=stage.root,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return Answer(**json.loads(done.stdout))
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def answer(ask: Ask) -> Answer:
+    """What the CPU image gives once it has imported its server."""
+    return ask("cpu", f"import fptq_export.serve.app, fptq_export.serve.server\n{_ANSWER}")
 
 
 def test_image_answers_as_this_environment_does(answer: Answer, finished_run: Path) -> None:
@@ -70,11 +83,12 @@ def test_image_answers_as_this_environment_does(answer: Answer, finished_run: Pa
     assert tuple(answer.token_ids) == expected.token_ids
 
 
-def test_image_runs_the_cpu_kernels(answer: Answer) -> None:
-    """They came with the wheel, are where the package looks for them, and load without what compiled them."""
+@pytest.mark.parametrize("image", ["cpu", "triton"])
+def test_image_runs_the_cpu_kernels(ask: Ask, image: str) -> None:
+    """They are where the package looks for them, and load without what compiled them."""
     if not (operators_path().is_file() and extension_path().is_file()):
         pytest.skip(f"the CPU kernels are not built here, so none stand for the image's; next: {BUILD_COMMAND}")
-    assert answer.runs == "model.w4a8.onnx (CPU kernels)"
+    assert ask(image, _ANSWER).runs == "model.w4a8.onnx (CPU kernels)"
 
 
 def test_image_installs_no_torch(installed: Path) -> None:
