@@ -188,7 +188,7 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedTokenizerBase
         raise UserError(
             str(checkpoint.directory),
             "holds no tokenizer",
-            "copy tokenizer.json beside config.json, or calibrate without text: --calib-dataset random",
+            "copy tokenizer.json beside config.json, or do without text: --calib-dataset random --no-verify",
         )
     try:
         with quiet_transformers():

@@ -86,7 +86,7 @@ def run_road(
         remove_partial_files(directory.path)
         runner = StageRunner(directory.path, _manifest(options, command), console)
         write_manifest(runner.manifest, directory.path)
-        road = _Road(options, directory, runner, progress, ranks)
+        road = _Road(options, VERBS[verb], directory, runner, progress, ranks)
         check_options(options, road.target, VERBS[verb], ranks)
         for name in VERBS[verb]:
             road.stages[name]()
@@ -108,9 +108,15 @@ class _Road:
     """The stages of one run. Heavy libraries are imported by the stage that needs them."""
 
     def __init__(
-        self, options: RunOptions, directory: RunDirectory, runner: StageRunner, progress: Progress, ranks: Ranks
+        self,
+        options: RunOptions,
+        names: tuple[str, ...],
+        directory: RunDirectory,
+        runner: StageRunner,
+        progress: Progress,
+        ranks: Ranks,
     ) -> None:
-        self._options, self._dir, self._runner = options, directory, runner
+        self._options, self._names, self._dir, self._runner = options, names, directory, runner
         self._progress, self._ranks = progress, ranks
         self._models = RunModels(options, directory, progress)
         self.target = target_from_option(options.target)
@@ -159,8 +165,11 @@ class _Road:
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
 
     def _reads_text(self) -> bool:
-        verifies_text = self._options.verify and needs_tokenizer(self._options.eval_text)
-        return verifies_text or (not self._replays and needs_tokenizer(self._options.calib_dataset))
+        verifies = "verify" in self._names and self._options.verify
+        calibrates = "calibrate" in self._names and not self._replays
+        return (verifies and needs_tokenizer(self._options.eval_text)) or (
+            calibrates and needs_tokenizer(self._options.calib_dataset)
+        )
 
     def _merge(self) -> None:
         adapter = self._models.adapter

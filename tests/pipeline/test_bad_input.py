@@ -253,6 +253,18 @@ def test_random_tokens_need_no_tokenizer(tiny_llama_copy: Path, tmp_path: Path, 
     assert command(tiny_llama_copy, *words).code == 0
 
 
+def test_a_tokenizer_is_asked_for_by_the_verbs_that_read_text(
+    tiny_llama_copy: Path, tmp_path: Path, command: Command
+) -> None:
+    """A trace reads none; calibration does, and the way without text that is named is a whole one."""
+    remove_tokenizer(tiny_llama_copy)
+    assert command("trace", tiny_llama_copy, "-o", tmp_path / "run").code == 0
+    words = ("-o", tmp_path / "run", *SMALL)
+    outcome = command(tiny_llama_copy, *words)
+    assert_user_error(outcome, "holds no tokenizer", "--calib-dataset random --no-verify")
+    assert command("calibrate", tiny_llama_copy, *words, "--calib-dataset", "random").code == 0
+
+
 def test_token_ids_need_no_tokenizer(tiny_llama_copy: Path, tmp_path: Path, command: Command) -> None:
     """Calibration on ids reads no text either, so a checkpoint without a tokenizer is not refused for want of one."""
     remove_tokenizer(tiny_llama_copy)
