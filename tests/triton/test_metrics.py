@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +54,7 @@ def settled_page(server: TritonServer) -> dict[str, float]:
     return found
 
 
-def grown_to(server: TritonServer, before: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
+def grown_to(server: TritonServer, before: dict[str, float], expected: Mapping[str, float]) -> dict[str, float]:
     """What the page counts more than before, once that is what is expected.
 
     Series are handed over one after another: a page that is read meanwhile has the new values of some of them only.
