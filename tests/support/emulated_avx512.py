@@ -50,12 +50,14 @@ def _module() -> ModuleType:
 def emulated_avx512() -> Iterator[None]:
     """Let `fptq_export.cpu` and sessions of operators run the emulated build; every instruction set is there."""
     module = _module()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, _MODULE, module)
-        patch.setattr("tests.support.ort_operators.operators_path", lambda: _built() / operators_path().name)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, _MODULE, module)
+            patch.setattr("tests.support.ort_operators.operators_path", lambda: _built() / operators_path().name)
+            _forget()
+            yield
+    finally:
         _forget()
-        yield
-    _forget()
 
 
 def _forget() -> None:
