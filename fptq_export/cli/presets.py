@@ -16,8 +16,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> fields of `RunOptions` in place of their defaults.
 
-`paper` is FPTQ as published, and what runs without the option. `balanced` costs calibration time only: the engine runs
-what it would run. `accurate` also has one INT8 scale a token for every input, and more group scales to read."""
+`paper` is FPTQ as published, and what runs without the option. `balanced` costs calibration time; which inputs are
+static and which per-token is decided by the same rule. `accurate` has one INT8 scale a token for every input, and more
+group scales to read."""
 
 
 def values_of_preset(name: str) -> dict[str, Any]:

@@ -165,11 +165,10 @@ class _Road:
         self._stage("load", parts, inputs, (), lambda: self._models.check(needs_tokenizer=needs_text))
 
     def _reads_text(self) -> bool:
-        verifies = "verify" in self._names and self._options.verify
-        calibrates = "calibrate" in self._names and not self._replays
-        return (verifies and needs_tokenizer(self._options.eval_text)) or (
-            calibrates and needs_tokenizer(self._options.calib_dataset)
-        )
+        options = self._options
+        verifies = "verify" in self._names and options.verify and needs_tokenizer(options.eval_text)
+        calibrates = "calibrate" in self._names and not self._replays and needs_tokenizer(options.calib_dataset)
+        return verifies or calibrates
 
     def _merge(self) -> None:
         adapter = self._models.adapter

@@ -178,7 +178,7 @@ def gate(report: VerifyReport, max_ppl_increase: float | None) -> None:
     raise GateError(
         f"{report.candidate}: perplexity {candidate:.6g} is {report.perplexity_increase:+.3%} from the "
         f"{reference:.6g} of {report.reference}; the limit is {max_ppl_increase:+.3%}"
-        "\n  -> use --preset balanced, keep more layers in float with --exclude, or raise --max-ppl-increase"
+        "\n  -> use --preset accurate, keep more layers in float with --exclude, or raise --max-ppl-increase"
     )
 
 
